@@ -1,0 +1,51 @@
+# Each of these is one command on a fresh machine with Python (venv) and make.
+#   make setup   .venv with everything pinned, once
+#   make run     an image source, the flow node, a consumer and a preview, over real DDS
+#   make test    all the tests          TESTS=test/run   one part of them
+#   make lint    style and types        make types       types alone
+#   make bench   what is claimed about speed and accuracy
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODE := $(if $(and $(ROS_DISTRO),$(AMENT_PREFIX_PATH)),$(ROS_DISTRO),pip)
+STAMP := $(VENV)/.setup-$(MODE)
+
+# make run: what is not given is left to `flow_ros run`, which explains them all (--help).
+RUN_OPTIONS = \
+	$(if $(SOURCE),--source '$(SOURCE)') $(if $(DURATION),--duration '$(DURATION)') \
+	$(if $(FPS),--fps '$(FPS)') $(if $(SIZE),--size '$(SIZE)') $(if $(TOPIC),--topic '$(TOPIC)') \
+	$(if $(NETWORK),--network '$(NETWORK)') $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
+	$(if $(RUNTIME),--runtime '$(RUNTIME)') $(if $(ITERATIONS),--iterations '$(ITERATIONS)') \
+	$(if $(DIRECTION),--direction '$(DIRECTION)') $(if $(PARAMS),--params-file '$(PARAMS)') \
+	$(if $(OUT),--out '$(OUT)')
+
+TESTS ?= test
+
+.PHONY: help setup run test lint types bench clean
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+setup: $(STAMP)
+
+$(STAMP): $(wildcard requirements*.txt) constraints.txt setup.py .ci/setup
+	PYTHON='$(PYTHON)' .ci/setup
+	@touch $@
+
+run: setup
+	@$(BIN)/python -m flow_ros.cli.main run $(RUN_OPTIONS)
+
+test: setup
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: setup types
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	@for file in bench/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+
+clean:
+	rm -rf build install log out .mypy_cache .pytest_cache .ruff_cache
