@@ -1,0 +1,512 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""DIP, deep inverse patchmatch (Zheng et al., CVPR 2022), as its released weights need it.
+
+Two facts of the released network that its paper does not tell are reproduced here, because
+the published weights work with nothing else: the propagation correlation pairs channels and
+seeds in an interleaved order (``ops.patchmatch``), and a warm start runs over one to three
+levels depending on how far the prior moves.
+
+Where this project chooses: the warm start's noise is off by default (``DIPConfig``), the start
+pattern is one per shape and the same for every sample of a batch, and a prior is replicated
+into the pad before it is resized. DIP knows neither confidence nor occlusion.
+
+Cost, counted as 2 x MAC at 448x1024: 183 GFLOP to encode both images, 260 per iteration over
+both levels of the cold schedule.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+import math
+
+import torch
+from torch import nn, Tensor
+from torch.nn import functional
+
+from flow_ros.networks.base import (
+    Call,
+    check_images,
+    check_prior,
+    Features,
+    FlowNetwork,
+    FlowOutput,
+    State,
+    Step,
+)
+from flow_ros.ops.patchmatch import local_search_released, propagation_correlation_released
+from flow_ros.ops.sampling import warp
+from flow_ros.ops.upsampling import convex_upsample
+
+FEATURES = 256
+HIDDEN = 128
+FACTOR = 4
+PAD_MULTIPLE = 16
+COLD_LEVELS = (16, 4)
+WARM_LEVELS = (16, 8, 4)
+WARM_LEVEL_PX = 32  # a warm start uses one level per 32 px of the largest prior component
+WARM_SMALLEST_SIDE = 40  # and no coarser level than a map with both sides under this
+START_AMPLITUDE = 16.0
+REFINE_AMPLITUDE = 4.0
+PATTERN_SEED = 20
+START_FLOWS = ('zeros', 'fixed')
+
+
+@dataclass(frozen=True)
+class DIPConfig:
+    """Options of DIP that are not weights.
+
+    ``start_flow`` of a cold start: 'fixed' is the released pattern, uniform within +-16 px of
+    the 1/16 map and the same for every call; 'zeros' starts at rest. ``warm_noise`` scales
+    the uniform noise that the released warm start adds to the prior: 1.0 is as released
+    (+-16 px of the first level, +-4 of each finer one), which forgets much of what the prior
+    knows; 0.0, the default, keeps the prior.
+    """
+
+    start_flow: str = 'fixed'
+    warm_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside the documented ones."""
+        if self.start_flow not in START_FLOWS:
+            raise ValueError(f'start_flow must be one of {START_FLOWS}; seen '
+                             f'{self.start_flow!r}')
+        if not (math.isfinite(self.warm_noise) and self.warm_noise >= 0):
+            raise ValueError(f'warm_noise must be a finite number of at least 0 (1.0 = as '
+                             f'released); seen {self.warm_noise!r}')
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions; the shortcut is always a strided 1x1 convolution."""
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride),
+                                        nn.InstanceNorm2d(outputs))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the block's map."""
+        inner = functional.relu(functional.instance_norm(self.conv1(values)))
+        inner = functional.relu(functional.instance_norm(self.conv2(inner)))
+        return functional.relu(self.downsample(values) + inner)
+
+
+class Encoder(nn.Module):
+    """Normalised BGR to 256 features at 1/4; serves as feature and as context network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3)
+        self.layer1 = self._layer(64, 64, stride=1)
+        self.layer2 = self._layer(64, 96, stride=2)
+        self.layer3 = self._layer(96, 128, stride=1)
+        self.conv2 = nn.Conv2d(128, FEATURES, 1)
+
+    @staticmethod
+    def _layer(inputs: int, outputs: int, *, stride: int) -> nn.Sequential:
+        return nn.Sequential(ResidualBlock(inputs, outputs, stride=stride),
+                             ResidualBlock(outputs, outputs, stride=1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return (B, 256, H/4, W/4)."""
+        values = functional.relu(functional.instance_norm(self.conv1(image)))
+        values = self.layer3(self.layer2(self.layer1(values)))
+        return self.conv2(values)
+
+
+class SmallMotionEncoder(nn.Module):
+    """Ten correlation planes and the flow to 96 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convc1 = nn.Conv2d(10, 96, 1)
+        self.convf1 = nn.Conv2d(2, 64, 5, padding=2)
+        self.convf2 = nn.Conv2d(64, 32, 3, padding=1)
+        self.conv = nn.Conv2d(128, 94, 3, padding=1)
+
+    def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
+        """Return the motion features, the raw flow as their last two channels."""
+        match = functional.relu(self.convc1(correlation))
+        motion = functional.relu(self.convf2(functional.relu(self.convf1(flow))))
+        mixed = functional.relu(self.conv(torch.cat([match, motion], dim=1)))
+        return torch.cat([mixed, flow], dim=1)
+
+
+class MotionEncoder(nn.Module):
+    """Twenty-five correlation planes and the flow to 128 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convc1 = nn.Conv2d(25, 64, 1)
+        self.convc2 = nn.Conv2d(64, 128, 3, padding=1)
+        self.convf1 = nn.Conv2d(2, 64, 5, padding=2)
+        self.convf2 = nn.Conv2d(64, 64, 3, padding=1)
+        self.conv = nn.Conv2d(192, 126, 3, padding=1)
+
+    def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
+        """Return the motion features, the raw flow as their last two channels."""
+        match = functional.relu(self.convc2(functional.relu(self.convc1(correlation))))
+        motion = functional.relu(self.convf2(functional.relu(self.convf1(flow))))
+        mixed = functional.relu(self.conv(torch.cat([match, motion], dim=1)))
+        return torch.cat([mixed, flow], dim=1)
+
+
+def _gru(hidden: Tensor, values: Tensor, convz: nn.Conv2d, convr: nn.Conv2d,
+         convq: nn.Conv2d) -> Tensor:
+    """Update ``hidden`` with one convolutional gated recurrent unit."""
+    joined = torch.cat([hidden, values], dim=1)
+    update = torch.sigmoid(convz(joined))
+    reset = torch.sigmoid(convr(joined))
+    candidate = torch.tanh(convq(torch.cat([reset * hidden, values], dim=1)))
+    return (1 - update) * hidden + update * candidate
+
+
+class ConvGRU(nn.Module):
+    """A 3x3 convolutional GRU."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.convz = nn.Conv2d(HIDDEN + inputs, HIDDEN, 3, padding=1)
+        self.convr = nn.Conv2d(HIDDEN + inputs, HIDDEN, 3, padding=1)
+        self.convq = nn.Conv2d(HIDDEN + inputs, HIDDEN, 3, padding=1)
+
+    def forward(self, hidden: Tensor, values: Tensor) -> Tensor:
+        """Return the new hidden state."""
+        return _gru(hidden, values, self.convz, self.convr, self.convq)
+
+
+class SeparableConvGRU(nn.Module):
+    """A GRU of 1x5 convolutions (along x), then one of 5x1."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        width = HIDDEN + inputs
+        self.convz1 = nn.Conv2d(width, HIDDEN, (1, 5), padding=(0, 2))
+        self.convr1 = nn.Conv2d(width, HIDDEN, (1, 5), padding=(0, 2))
+        self.convq1 = nn.Conv2d(width, HIDDEN, (1, 5), padding=(0, 2))
+        self.convz2 = nn.Conv2d(width, HIDDEN, (5, 1), padding=(2, 0))
+        self.convr2 = nn.Conv2d(width, HIDDEN, (5, 1), padding=(2, 0))
+        self.convq2 = nn.Conv2d(width, HIDDEN, (5, 1), padding=(2, 0))
+
+    def forward(self, hidden: Tensor, values: Tensor) -> Tensor:
+        """Return the new hidden state."""
+        hidden = _gru(hidden, values, self.convz1, self.convr1, self.convq1)
+        return _gru(hidden, values, self.convz2, self.convr2, self.convq2)
+
+
+class FlowHead(nn.Module):
+    """Hidden state to a change of flow."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(HIDDEN, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, 2, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return (B, 2, H, W), px of the level."""
+        return self.conv2(functional.relu(self.conv1(hidden)))
+
+
+class UpdateBlock(nn.Module):
+    """Motion encoder, GRU, flow head and upsampling mask; ``small`` follows propagation."""
+
+    def __init__(self, *, small: bool) -> None:
+        super().__init__()
+        self.encoder = SmallMotionEncoder() if small else MotionEncoder()
+        self.gru = ConvGRU(HIDDEN + 96) if small else SeparableConvGRU(HIDDEN + 128)
+        self.flow_head = FlowHead(128 if small else 256)
+        self.mask = nn.Sequential(nn.Conv2d(HIDDEN, 256, 3, padding=1), nn.ReLU(),
+                                  nn.Conv2d(256, 9 * FACTOR ** 2, 1))
+
+    def forward(self, hidden: Tensor, context: Tensor, correlation: Tensor,
+                flow: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the new hidden state and the change of flow."""
+        motion = self.encoder(correlation, flow.to(correlation.dtype))
+        hidden = self.gru(hidden, torch.cat([context, motion], dim=1))
+        return hidden, self.flow_head(hidden).to(flow.dtype)
+
+    def upsample(self, hidden: Tensor, flow: Tensor) -> Tensor:
+        """Return ``flow`` at four times its size, in px of that size.
+
+        The mask depends on the hidden state alone, so it is computed only where a flow is
+        really upsampled: at a level's last update, not after each.
+        """
+        mask = 0.25 * self.mask(hidden)
+        return convex_upsample(FACTOR * flow, mask.to(flow.dtype), FACTOR)
+
+
+class DIP(FlowNetwork):
+    """DIP, with the state_dict of its published checkpoints (without their ``module.``).
+
+    Steps are iterations, propagation then search, on levels 16 and 4 (cold) or on up to three
+    of 16, 8 and 4 (warm). Iterations count per level. The default of 6 is what the paper's
+    ablations use; its benchmark entries use 12 for a slightly smaller error at twice the cost,
+    and the authors' video demo 20 cold and 12 warm.
+
+    Engines: ``encode`` (image) -> features at 1/4, 1/8, 1/16; ``step`` (features_a, features_b,
+    context, hidden, flow) -> (hidden, flow), one for all levels; ``upsample`` (hidden, flow) ->
+    (flow at 4x,), used between levels and by ``finish``.
+    """
+
+    name = 'dip'
+    default_iterations = 6
+    engines = ('encode', 'step', 'upsample')
+
+    def __init__(self, config: DIPConfig = DIPConfig()) -> None:
+        super().__init__()
+        self.config = config
+        self.fnet = Encoder()
+        self.update_block_s = UpdateBlock(small=True)
+        self.update_block = UpdateBlock(small=False)
+
+    # Engine functions: plain tensors in, a tuple of plain tensors out.
+
+    def encode_engine(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Return the features at 1/4, 1/8 and 1/16 of a padded RGB image, 0..255."""
+        normalised = image.flip(1) * (2 / 255) - 1  # the weights know BGR
+        quarter = self.fnet(normalised.to(self.fnet.conv1.weight.dtype))
+        eighth = functional.avg_pool2d(quarter, 2)
+        return quarter, eighth, functional.avg_pool2d(eighth, 2)
+
+    def step_engine(self, features_a: Tensor, features_b: Tensor, context: Tensor,
+                    hidden: Tensor, flow: Tensor) -> tuple[Tensor, ...]:
+        """Do one iteration on one level; return the hidden state and the flow."""
+        hidden, flow = self._propagate(features_a, features_b, context, hidden, flow)
+        return self._search(features_a, features_b, context, hidden, flow)
+
+    def upsample_engine(self, hidden: Tensor, flow: Tensor) -> tuple[Tensor, ...]:
+        """Return the flow of a finished iteration at four times its size, in px of that."""
+        return (self.update_block.upsample(hidden, flow),)
+
+    def _propagate(self, features_a: Tensor, features_b: Tensor, context: Tensor,
+                   hidden: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+        flow = flow.detach()  # as trained: no gradient through the place of a match
+        correlation = propagation_correlation_released(features_a, features_b, flow)
+        hidden, delta = self.update_block_s(hidden, context, correlation, flow)
+        return hidden, flow + delta
+
+    def _search(self, features_a: Tensor, features_b: Tensor, context: Tensor,
+                hidden: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+        flow = flow.detach()
+        correlation = local_search_released(features_a, warp(features_b, flow))
+        hidden, delta = self.update_block(hidden, context, correlation, flow)
+        return hidden, flow + delta
+
+    # The four acts.
+
+    def encode(self, image: Tensor, *, call: Call | None = None) -> Features:
+        """Return the features of ``image``: float RGB 0..255, (B, 3, H, W), any size."""
+        check_images(image, image)
+        height, width = image.shape[-2:]
+        padded = functional.pad(image.float(), _padding(height, width))
+        return Features((call or self.engine)('encode', padded), (height, width))
+
+    def start(self, features_a: Features, features_b: Features, *,
+              prior_flow: Tensor | None = None, iterations: int | None = None,
+              call: Call | None = None, noise: Sequence[Tensor] | None = None) -> State:
+        """Return the state before the first step, with its schedule.
+
+        ``prior_flow`` (B, 2, H, W), full-resolution px, makes a warm start over one to three
+        levels: one more for every 32 px of its largest component, in the whole batch.
+        ``iterations`` counts per level. ``noise`` replaces what the configuration would add:
+        one tensor per level, coarse to fine, (B or 1, 2, h, w) in px of that level, added to
+        the flow with which the level starts. A cold start takes one, its start flow.
+        """
+        count = self._iterations(iterations)
+        _check_pair(features_a, features_b)
+        quarter = features_a.tensors[0]
+        levels: tuple[int, ...] = COLD_LEVELS
+        if prior_flow is None:
+            height, width = features_a.tensors[-1].shape[-2:]
+            flow = quarter.new_zeros((quarter.shape[0], 2, height, width), dtype=torch.float32)
+        else:
+            check_prior(prior_flow, features_a.size)
+            if prior_flow.shape[0] != quarter.shape[0]:
+                raise ValueError(f'prior_flow must have the batch of the features, '
+                                 f'{quarter.shape[0]}; seen {prior_flow.shape[0]}')
+            levels = warm_levels(prior_flow, (quarter.shape[-2], quarter.shape[-1]))
+            padded = functional.pad(prior_flow.to(quarter.device, torch.float32),
+                                    _padding(*features_a.size), mode='replicate')
+            flow = _resize(padded, _map(features_a, levels[0]))
+        warm = prior_flow is not None
+        if noise is None:
+            noise = self._noise(features_a, levels, warm=warm)
+        else:
+            _check_noise(noise, [(quarter.shape[0], 2, *_map(features_a, level))
+                                 for level in (levels if warm else levels[:1])])
+        state = State(features_a, features_b, level=levels[0], flow=flow, warm=warm,
+                      schedule=tuple(Step(level) for level in levels for _ in range(count)))
+        return self._enter(state, levels[0], flow, tuple(noise))
+
+    def step(self, state: State, *, call: Call | None = None) -> State:
+        """Do one iteration, moving to the next level first where the schedule says so."""
+        if not state.schedule:
+            raise ValueError(f'all {len(state.done)} steps of this state are done: call '
+                             f'finish, or start again with more iterations')
+        run = call or self.engine
+        level = state.schedule[0].level
+        if level != state.level:
+            hidden = state.memory[0]
+            fine, = run('upsample', hidden, state.flow)
+            flow = _resize(fine, _map(state.features_a, level))
+            state = self._enter(state, level, flow, state.memory[2:])
+        hidden, context, *noise = state.memory
+        hidden, flow = run('step', _at(state.features_a, level), _at(state.features_b, level),
+                           context, hidden, state.flow)
+        return state.advanced(flow=flow, memory=(hidden, context, *noise))
+
+    def finish(self, state: State, *, call: Call | None = None) -> FlowOutput:
+        """Return the full-resolution flow of ``state``; legal after any step."""
+        fine, = (call or self.engine)('upsample', state.memory[0], state.flow)
+        return FlowOutput(_to_image(fine, state))
+
+    def predictions(self, image1: Tensor, image2: Tensor,
+                    iterations: int | None = None) -> list[Tensor]:
+        """Return every full-resolution flow of a cold start, for training.
+
+        One after each propagation and one after each search, so 4 per iteration: first those
+        of level 16, then those of level 4. The released training weighs them 0.8**(N - i - 1).
+        """
+        check_images(image1, image2)
+        state = self.start(self.encode(image1), self.encode(image2), iterations=iterations)
+        flows: list[Tensor] = []
+        while state.schedule:
+            level = state.schedule[0].level
+            if level != state.level:
+                fine, = self.upsample_engine(state.memory[0], state.flow)
+                state = self._enter(state, level, fine, ())
+            hidden, context = state.memory
+            flow = state.flow
+            maps = _at(state.features_a, level), _at(state.features_b, level)
+            for move, block in ((self._propagate, self.update_block_s),
+                                (self._search, self.update_block)):
+                hidden, flow = move(*maps, context, hidden, flow)
+                flows.append(_to_image(block.upsample(hidden, flow), state))
+            state = state.advanced(flow=flow, memory=(hidden, context))
+        return flows
+
+    def _iterations(self, iterations: int | None) -> int:
+        if iterations is None:
+            return self.default_iterations
+        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+            raise ValueError(f'iterations must be a whole number of at least 1 per level (the '
+                             f'default is {self.default_iterations}); seen {iterations!r}')
+        return iterations
+
+    def _noise(self, features: Features, levels: tuple[int, ...], *,
+               warm: bool) -> tuple[Tensor, ...]:
+        """Return what the configuration adds to the flow at the start of each level."""
+        device = features.tensors[0].device
+        if not warm:
+            if self.config.start_flow == 'zeros':
+                return ()
+            return (fixed_pattern(_map(features, levels[0])).to(device) * START_AMPLITUDE,)
+        if self.config.warm_noise == 0:
+            return ()
+        return tuple(fixed_pattern(_map(features, level)).to(device)
+                     * (self.config.warm_noise * (REFINE_AMPLITUDE if index else START_AMPLITUDE))
+                     for index, level in enumerate(levels))
+
+    @staticmethod
+    def _enter(state: State, level: int, flow: Tensor, noise: tuple[Tensor, ...]) -> State:
+        """Return ``state`` at the start of ``level``: hidden state and context are fresh.
+
+        The cold schedule pools hidden state and context after their activation, the warm one
+        before; that is how the weights were trained and how they are used.
+        """
+        if noise:
+            flow = flow + noise[0].to(flow)
+        quarter = state.features_a.tensors[0]
+        source = _at(state.features_a, level) if state.warm else quarter
+        hidden, context = source.split([HIDDEN, FEATURES - HIDDEN], dim=1)
+        hidden, context = torch.tanh(hidden), torch.relu(context)
+        pool = level // 4
+        if not state.warm and pool > 1:
+            hidden = functional.avg_pool2d(hidden, pool)
+            context = functional.avg_pool2d(context, pool)
+        return State(state.features_a, state.features_b, level=level, flow=flow,
+                     schedule=state.schedule, done=state.done, warm=state.warm,
+                     memory=(hidden, context, *noise[1:]))
+
+
+def fixed_pattern(size: tuple[int, int]) -> Tensor:
+    """Return the released start pattern of one map size: (1, 2, h, w), uniform in -1..1.
+
+    Drawn from a generator of its own, so it neither reads nor moves the global one.
+    """
+    generator = torch.Generator().manual_seed(PATTERN_SEED)
+    return torch.empty(1, 2, *size).uniform_(-1, 1, generator=generator)
+
+
+def warm_levels(prior_flow: Tensor, quarter: tuple[int, int]) -> tuple[int, ...]:
+    """Return the levels of a warm start, coarse to fine, for a 1/4 map of size ``quarter``."""
+    largest = float(prior_flow.abs().max())
+    wanted = min(len(WARM_LEVELS), max(1, math.ceil(largest / WARM_LEVEL_PX)))
+    height, width = quarter
+    count = 1
+    while count < wanted and max(height, width) >= WARM_SMALLEST_SIDE:
+        height, width, count = height // 2, width // 2, count + 1
+    return WARM_LEVELS[-count:]
+
+
+def _check_pair(features_a: Features, features_b: Features) -> None:
+    shapes = [tuple(features.tensors[0].shape) for features in (features_a, features_b)]
+    if features_a.size != features_b.size or shapes[0] != shapes[1]:
+        raise ValueError(f'both frames must have one size and batch; seen {features_a.size} and '
+                         f'{features_b.size}, features {shapes[0]} and {shapes[1]}')
+
+
+def _check_noise(noise: Sequence[Tensor], shapes: list[tuple[int, ...]]) -> None:
+    seen = [tuple(tensor.shape) for tensor in noise]
+    fits = [one[1:] == wanted[1:] and one[0] in (1, wanted[0])
+            for one, wanted in zip(seen, shapes)]
+    if len(seen) != len(shapes) or not all(fits):
+        raise ValueError(f'noise must be one tensor for each level that starts with noise, '
+                         f'coarse to fine: {shapes}, or a batch of 1; seen {seen}')
+
+
+def _padding(height: int, width: int) -> tuple[int, int, int, int]:
+    """Return the centred pad (left, right, top, bottom) to multiples of 16."""
+    across, down = -width % PAD_MULTIPLE, -height % PAD_MULTIPLE
+    return across // 2, across - across // 2, down // 2, down - down // 2
+
+
+def _at(features: Features, level: int) -> Tensor:
+    """Return the map of ``level`` (4, 8 or 16)."""
+    return features.tensors[WARM_LEVELS[::-1].index(level)]
+
+
+def _map(features: Features, level: int) -> tuple[int, int]:
+    """Return (height, width) of the map of ``level``."""
+    height, width = _at(features, level).shape[-2:]
+    return height, width
+
+
+def _resize(flow: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize ``flow`` as the released network does: corners aligned, one ratio, of heights."""
+    height, width = flow.shape[-2:]
+    if (height, width) == size:
+        return flow
+    resized = functional.interpolate(flow, size=size, mode='bilinear', align_corners=True)
+    return resized * (size[0] / height)
+
+
+def _to_image(fine: Tensor, state: State) -> Tensor:
+    """Bring ``fine``, four times the size of the state's map, to the frame without its pad."""
+    height, width = state.features_a.size
+    left, right, top, bottom = _padding(height, width)
+    full = _resize(fine, (height + top + bottom, width + left + right))
+    return full[:, :, top:top + height, left:left + width]
