@@ -38,8 +38,9 @@ run: setup
 test: setup
 	$(BIN)/python -m pytest $(TESTS)
 
-lint: setup types
+lint: setup
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 types: setup
 	$(BIN)/mypy
