@@ -1,0 +1,166 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""``flow_ros evaluate``: measure a network against ground truth."""
+
+import argparse
+from collections.abc import Mapping
+import json
+from pathlib import Path
+from typing import Any
+
+from flow_ros import __version__
+from flow_ros.cli import CommandError
+
+RUNTIMES = ('torch', 'auto', 'openvino', 'tensorrt')
+DESCRIPTION = """Measure a network against ground truth, beside OpenCV DIS (medium) and zero flow.
+
+DIR is searched recursively for folders that hold frame1.png, frame2.png and the truth,
+flow.flo (dense; 1e9 and more means unknown) or flow.png (KITTI, 16-bit, sparse). Where a
+folder also holds occlusion.png (not black: occluded in frame 2) or boundary.png (not black:
+on a motion boundary), errors are split by them. Folders without truth are listed and skipped.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the parser of this verb."""
+    parser = subparsers.add_parser(
+        'evaluate', help='measure a network against ground truth', description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--data', type=Path, required=True, metavar='DIR',
+                        help='folder of pairs')
+    parser.add_argument('--network', default='dip_rt', metavar='NAME',
+                        help='network to measure (default: %(default)s)')
+    parser.add_argument('--weights', metavar='FILE', default='default',
+                        help='weights of the network, .safetensors or a published .pth '
+                             '(default: those shipped)')
+    parser.add_argument('--iterations', type=_positive, metavar='N',
+                        help="iterations per level (default: the network's own)")
+    parser.add_argument('--runtime', choices=RUNTIMES, default='torch',
+                        help='where the network runs (default: %(default)s)')
+    parser.add_argument('--device', metavar='NAME',
+                        help='torch device for --runtime torch (default: cuda if there, else cpu)')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write all numbers here')
+    parser.add_argument('--pictures', type=Path, metavar='DIR',
+                        help='write a strip per pair here: frame, truth, estimate, error')
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate; 0 if every pair with truth was measured, 1 if a file was damaged."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
+
+    from flow_ros.evaluation import baselines, Estimate, evaluate, find_pairs, LoadedPair, Pair
+    from flow_ros.evaluation.pictures import pair_strip
+    from flow_ros.evaluation.tables import report_tables
+    from flow_ros.flow_io import FlowFileError, write_image
+
+    try:
+        pairs, without_truth = find_pairs(options.data)
+    except FlowFileError as error:
+        raise CommandError(str(error)) from error
+    if not pairs:
+        found = ''.join(f'; {row.name}: {row.reason}' for row in without_truth)
+        raise CommandError(f'no pair with truth below {options.data}{found}. A pair is a folder '
+                           'with frame1.png, frame2.png and flow.flo or flow.png')
+    _check_writable(options)
+    subject, facts = _network(options)
+    messages = Console(stderr=True, highlight=False, soft_wrap=True)
+    for row in without_truth:
+        messages.print(f'skipped {row.name}: {row.reason}', markup=False)
+
+    with Progress(TextColumn('evaluating'), MofNCompleteColumn(),
+                  TextColumn('{task.description}'), console=messages, transient=True,
+                  disable=not messages.is_terminal) as progress:
+        task = progress.add_task('', total=len(pairs))
+
+        def on_pair(pair: Pair, loaded: LoadedPair, estimates: Mapping[str, Estimate]) -> None:
+            progress.update(task, advance=1, description=pair.name)
+            if options.pictures is not None:
+                path = options.pictures / f'{pair.name}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_image(path, pair_strip(loaded, estimates[options.network]))
+
+        report = evaluate({options.network: subject, **baselines()}, pairs, warm_up=True,
+                          on_pair=on_pair)
+    for row in report.skipped:
+        messages.print(f'skipped {row.name}: {row.reason}', markup=False)
+    if not report.rows[options.network]:
+        raise CommandError('not one pair could be read')
+    console = Console(width=240)  # tables take what they need; a terminal wraps the rest
+    for table in report_tables(report):
+        console.print(table)
+    if options.json is not None:
+        content = {'flow_ros': __version__, 'data': str(options.data), **facts,
+                   **report.as_dict()}
+        content['skipped'] = [{'name': row.name, 'reason': row.reason}
+                              for row in (*without_truth, *report.skipped)]
+        options.json.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+        print(f'numbers: {options.json}')
+    if options.pictures is not None:
+        print(f'pictures: {options.pictures}')
+    return 1 if report.skipped else 0
+
+
+def _network(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the estimator and what the JSON file says about it; never without weights."""
+    import torch
+
+    from flow_ros.evaluation import network_estimator
+    from flow_ros.networks import create, default_weights_path
+
+    try:
+        network = create(options.network, weights=options.weights)
+        weights = (default_weights_path(options.network) if options.weights == 'default'
+                   else options.weights)
+    except ValueError as error:
+        raise CommandError(f'{error} (evaluation needs trained weights: --weights FILE)') \
+            from error
+    if options.runtime == 'torch':
+        device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+        try:
+            network.to(torch.device(device))
+        except (RuntimeError, AssertionError) as error:
+            raise CommandError(f'--device {device}: {str(error).splitlines()[0]}') from error
+    elif options.device is not None:
+        raise CommandError(f'--device is for --runtime torch; seen --runtime {options.runtime}')
+    try:
+        estimator = network_estimator(network, iterations=options.iterations,
+                                      runtime=options.runtime)
+    except RuntimeError as error:
+        if type(error).__name__ != 'RuntimeUnavailable':
+            raise
+        raise CommandError(f'--runtime {options.runtime}: {error}') from error
+    facts = {'network': options.network, 'weights': str(weights), 'runtime': options.runtime,
+             'iterations': options.iterations or network.default_iterations}
+    return estimator, facts
+
+
+def _check_writable(options: argparse.Namespace) -> None:
+    """Find out before the work, not after it, that its results cannot be written."""
+    if options.json is not None and not options.json.resolve().parent.is_dir():
+        raise CommandError(f'--json {options.json}: its folder does not exist')
+    if options.pictures is not None and options.pictures.exists() \
+            and not options.pictures.is_dir():
+        raise CommandError(f'--pictures {options.pictures} is a file; expected a folder')
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'expected a whole number from 1 on; seen {text!r}')
+    return value
