@@ -1,0 +1,288 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The flow node: images in; flow, confidence, occlusion, colours and facts out.
+
+The callback of an image only leaves it in a mailbox of one slot. One worker thread takes the
+newest, runs the estimator and publishes; so a slow network drops frames, counted, instead of
+answering old ones. Every header stays with its frame: forward flow has the header of the
+previous frame, whose pixels it moves, backward flow that of the frame itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+import signal
+from threading import current_thread, main_thread, Thread
+import time
+import traceback
+from typing import Any
+
+import rclpy
+from rclpy.clock import Clock, ClockType
+from rclpy.exceptions import ParameterException
+from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+from rclpy.logging import get_logger
+from rclpy.node import Node
+from rclpy.qos import ReliabilityPolicy
+from sensor_msgs.msg import CameraInfo, Image
+from std_msgs.msg import Header
+
+from flow_ros.environment import complete
+from flow_ros.networks import WeightsError
+from flow_ros.nodes.complaints import Complaints
+from flow_ros.nodes.image_input import ImageInput
+from flow_ros.nodes.mailbox import Mailbox
+from flow_ros.nodes.messages import image_to_rgb, MessageError
+from flow_ros.nodes.parameters import declare, values_of
+from flow_ros.nodes.process import tune_malloc
+from flow_ros.nodes.publishers import FlowTopics, needed_outputs
+from flow_ros.nodes.qos import input_qos
+from flow_ros.runtimes import RuntimeUnavailable
+from flow_ros.streaming import Budget, FlowEstimator, FlowResult
+
+LOOK_PERIOD_S = 0.5
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A message and when it came (``time.perf_counter``)."""
+
+    message: Image
+    came: float
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The header and size (width, height) of a frame given to the estimator."""
+
+    header: Header
+    size: tuple[int, int]
+
+    @property
+    def stamp(self) -> float:
+        """The stamp in seconds."""
+        return float(self.header.stamp.sec + 1e-9 * self.header.stamp.nanosec)
+
+
+def restart_reason(previous: Frame, frame: Frame, max_gap_s: float) -> tuple[str, str]:
+    """Return (kind, text) of why two frames are no pair; two empty texts where they are one."""
+    gap = frame.stamp - previous.stamp
+    if gap <= 0.0:
+        return 'stamp', (f'the stamp went from {previous.stamp:.6f} to {frame.stamp:.6f} s; '
+                         f'expected a later one (a bag that loops, two publishers, or a driver '
+                         f'that does not stamp?): the stream starts again')
+    if frame.size != previous.size:
+        return 'size', (f'the size went from {previous.size[0]}x{previous.size[1]} to '
+                        f'{frame.size[0]}x{frame.size[1]} px: the stream starts again')
+    if gap > max_gap_s:
+        return 'gap', (f'the frames are {gap:.3f} s apart, more than max_gap_s ({max_gap_s:g} '
+                       f's): the stream starts again; raise max_gap_s if the camera or this '
+                       f'machine is that slow')
+    return '', ''
+
+
+class FlowNode(Node):
+    """Topics, parameters and one worker around a FlowEstimator."""
+
+    def __init__(self, **arguments: Any) -> None:
+        """Load the network and subscribe; ``arguments`` go to rclpy's Node.
+
+        Raises ValueError, WeightsError or RuntimeUnavailable, which name what to do.
+        """
+        super().__init__('flow', **arguments)
+        declare(self)
+        values = values_of(self)
+        if values['tune_malloc']:
+            tune_malloc()
+        self._estimator = FlowEstimator(
+            network=values['network'], weights=values['weights'], runtime=values['runtime'],
+            precision=values['precision'], device=values['device'] or None,
+            threads=values['threads'] or None)
+        self._complaints = Complaints(warn=self.get_logger().warning)
+        self._mailbox: Mailbox[Arrival] = Mailbox()
+        self._previous: Frame | None = None
+        self._camera_info: CameraInfo | None = None
+        self._flow_out = self._starts = self._skipped = self._bad = 0
+        self._latency_ms = 0.0
+        self._said = (time.monotonic(), 0)
+        self._forward = FlowTopics(node=self)
+        self._backward = (FlowTopics(node=self, prefix='~/backward/')
+                          if values['direction'] == 'both' else None)
+        self._images = ImageInput(node=self, topic='image', callback=self._receive,
+                                  reliability=values['reliability'])
+        # Small messages are not lost, and best effort matches every publisher.
+        self.create_subscription(CameraInfo, 'camera_info', self._receive_camera_info,
+                                 input_qos(ReliabilityPolicy.BEST_EFFORT))
+        # On a steady clock: it must also run where simulated time stands still.
+        self.create_timer(LOOK_PERIOD_S, self._look,
+                          clock=Clock(clock_type=ClockType.STEADY_TIME))
+        self._worker = Thread(target=self._work, name='flow_worker', daemon=True)
+        self._worker.start()
+        runtime = self._estimator.runtime
+        self.get_logger().info(
+            f'{values["network"]} on {runtime.name}, {runtime.device} ({runtime.reason}), '
+            f'weights {values["weights"]}, direction {values["direction"]}: ready')
+
+    def close(self) -> None:
+        """End the worker and destroy the node."""
+        self._mailbox.close()
+        self._worker.join(timeout=10.0)
+        self.destroy_node()
+
+    def _receive(self, message: Image) -> None:
+        self._mailbox.put(Arrival(message, time.perf_counter()))
+
+    def _receive_camera_info(self, message: CameraInfo) -> None:
+        self._camera_info = message
+
+    def _look(self) -> None:
+        values = values_of(self)
+        self._images.look(values['reliability'], no_image_timeout_s=values['no_image_timeout_s'])
+        then, flow_then = self._said
+        seconds = time.monotonic() - then
+        if 0.0 < values['status_period_s'] <= seconds:
+            rate = (self._flow_out - flow_then) / seconds
+            self._said = (time.monotonic(), self._flow_out)
+            if self._images.received:
+                counts = ', '.join(f'{name} {count}' for name, count in self._counts().items())
+                self.get_logger().info(f'{rate:.1f} flow/s, latency {self._latency_ms:.0f} ms; '
+                                       f'{counts}')
+
+    def _counts(self) -> dict[str, object]:
+        """Return what became of all the frames since the start.
+
+        ``frames_in`` is the sum of the next five: a flow, dropped for a newer frame, unusable,
+        the first of a stream, nobody subscribed. ``lost`` are those the middleware lost.
+        """
+        return {'frames_in': self._images.received, 'flow_out': self._flow_out,
+                'dropped': self._mailbox.dropped, 'bad': self._bad, 'starts': self._starts,
+                'skipped': self._skipped, 'lost': self._images.lost}
+
+    def _work(self) -> None:
+        while (arrival := self._mailbox.take()) is not None:
+            try:
+                self._process(arrival)
+            except MessageError as error:  # this frame only: the next one pairs with the last
+                self._bad += 1
+                self._complain(error.kind, str(error))
+            except Exception as error:  # nothing that a frame does may end the node
+                if not self.context.ok():
+                    return  # publishing into a shutdown
+                self._bad += 1
+                self._forget()
+                self._complain(type(error).__name__, f'no flow for this frame, '
+                               f'{type(error).__name__}: {error}')
+                self.get_logger().debug(traceback.format_exc())
+
+    def _complain(self, kind: str, text: str) -> None:
+        self._complaints.add(kind, f'{self._images.resolved_topic}: {text}')
+
+    def _forget(self) -> None:
+        self._estimator.reset()
+        self._previous = None
+
+    def _process(self, arrival: Arrival) -> None:
+        values = values_of(self)
+        if values['direction'] == 'both' and self._backward is None:
+            self._backward = FlowTopics(node=self, prefix='~/backward/')
+        topics = self._forward.wanted()
+        backward = (self._backward.wanted()
+                    if self._backward is not None and values['direction'] == 'both'
+                    else frozenset[str]())
+        if not topics and not backward:
+            self._skipped += 1
+            self._forget()  # what nobody sees is not computed, and not kept
+            return
+        pixels = image_to_rgb(arrival.message, mono16_white=values['mono16_white'])
+        frame = Frame(arrival.message.header, (pixels.shape[1], pixels.shape[0]))
+        previous = self._previous
+        if previous is not None:
+            kind, reason = restart_reason(previous, frame, values['max_gap_s'])
+            if kind:
+                self._complain(kind, reason)
+        self._set_up(values, needed_outputs(topics | backward))
+        result = self._estimator(pixels, frame.stamp)
+        self._previous = frame
+        if result is None or previous is None:
+            self._starts += 1
+            return
+        self._flow_out += 1
+        self._publish(self._forward, result, previous, frame, topics, arrival, values)
+        if result.backward is not None and self._backward is not None:
+            self._publish(self._backward, result.backward, previous, frame, backward, arrival,
+                          values)
+
+    def _set_up(self, values: dict[str, Any], outputs: frozenset[str]) -> None:
+        """Give the estimator the parameters as they are now, between two frames."""
+        estimator = self._estimator
+        estimator.outputs = outputs
+        estimator.budget = Budget(iterations=values['iterations'] or None)
+        estimator.direction = values['direction']
+        estimator.warm_start = values['warm_start']
+        estimator.max_gap_s = values['max_gap_s']
+
+    def _publish(self, publishers: FlowTopics, result: FlowResult, previous: Frame, frame: Frame,
+                 topics: frozenset[str], arrival: Arrival, values: dict[str, Any]) -> None:
+        header = (frame if result.direction == 'backward' else previous).header
+        told = publishers.publish(result, header=header, topics=topics,
+                                  color_max_px=values['color_max_px'],
+                                  camera_info=self._camera_info)
+        self._latency_ms = 1e3 * (time.perf_counter() - arrival.came)
+        if 'info' in topics:
+            runtime = self._estimator.runtime
+            publishers.publish_info(
+                header, message='warm' if result.warm else f'cold: {result.cold_reason}',
+                hardware_id=str(runtime.device), values={
+                    'dt_s': result.dt_s, 'direction': result.direction,
+                    'iterations': result.iterations, 'warm': result.warm,
+                    'cold_reason': result.cold_reason, 'latency_ms': self._latency_ms,
+                    'network': values['network'], 'runtime': runtime.name,
+                    'precision': values['precision'], **self._counts(), **told,
+                    **{f'{act}_ms': ms for act, ms in result.timings_ms.items()}})
+
+
+def _start() -> FlowNode | None:
+    """Return the node, or None after one message on what keeps it from starting."""
+    try:
+        return FlowNode()
+    except (WeightsError, RuntimeUnavailable, ParameterException, ValueError) as error:
+        get_logger('flow').fatal(f'cannot start: {error}')
+        return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the node until SIGINT or SIGTERM; return 1 where it cannot start."""
+    complete()
+    rclpy.init(args=arguments)
+    node: FlowNode | None = None
+    try:
+        node = _start()
+        if node is None:
+            return 1
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
+        executor.spin()
+    except (KeyboardInterrupt, ExternalShutdownException):
+        pass
+    finally:
+        if current_thread() is main_thread():  # a second Ctrl-C must not cut this short
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if node is not None:
+            node.close()
+        rclpy.try_shutdown()
+    return 0
+
+
+if __name__ == '__main__':
+    raise SystemExit(main())

@@ -1,0 +1,247 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The one table of the flow node's parameters, and what is made from it.
+
+Declaration, ``config/flow.yaml`` and the README's table all come from ``PARAMETERS``;
+``python -m flow_ros.nodes.parameters --write`` rewrites the two files.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+import sys
+import textwrap
+from typing import Any, TYPE_CHECKING
+
+if TYPE_CHECKING:  # the table is read without ROS too: launch arguments, files
+    from rclpy.node import Node
+    from rclpy.parameter import Parameter as RosParameter
+
+Value = bool | int | float | str
+
+BEGIN = '<!-- parameters -->'
+END = '<!-- /parameters -->'
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter: what it is called, does, may be, and whether it may change while running.
+
+    The type of ``default`` is the type of the parameter. ``step`` 0 means any value of the range.
+    """
+
+    name: str
+    default: Value
+    description: str
+    minimum: float | None = None
+    maximum: float | None = None
+    step: float = 0
+    choices: tuple[str, ...] = ()
+    read_only: bool = False
+
+    @property
+    def allowed(self) -> str:
+        """The values allowed, in words: a range, choices, or nothing."""
+        if self.choices:
+            return ', '.join(self.choices)
+        if isinstance(self.default, bool):
+            return 'true, false'
+        if self.minimum is None or self.maximum is None:
+            return ''
+        return f'{self.minimum:g} to {self.maximum:g}'
+
+    def refusal(self, value: Value) -> str:
+        """Return why ``value`` is not allowed, or an empty text."""
+        if self.choices and value not in self.choices:
+            return f'{self.name} is {value!r}; expected one of {self.allowed}'
+        return ''
+
+
+PARAMETERS: tuple[Parameter, ...] = (
+    Parameter('network', 'dip_rt', 'The network.', choices=('dip_rt', 'dip'), read_only=True),
+    Parameter('weights', 'default', 'Its weights: `default` (those shipped with flow_ros) or the '
+              'path of a file (safetensors, or a published checkpoint).', read_only=True),
+    Parameter('runtime', 'auto', 'Where the network runs; `auto` takes the fastest there is.',
+              choices=('auto', 'torch', 'openvino', 'tensorrt'), read_only=True),
+    Parameter('precision', 'f32', 'Precision of the arithmetic.', choices=('f32', 'bf16', 'f16'),
+              read_only=True),
+    Parameter('device', '', "Device, in the runtime's own words (`cpu`, `cuda:0`); empty: the "
+              "runtime's choice.", read_only=True),
+    Parameter('threads', 0, "CPU threads; 0: the runtime's choice.", 0, 1024, 1, read_only=True),
+    Parameter('iterations', 0, "The budget: iterations per level; 0: the network's default. "
+              'Fewer are faster, more are more exact.', 0, 100, 1),
+    Parameter('direction', 'forward', '`forward`: from the previous frame to this one, on the '
+              "previous frame's grid and with its header; `backward`: from this frame to the "
+              'previous one, on this frame; `both`: forward, and backward under `~/backward/`.',
+              choices=('forward', 'backward', 'both')),
+    Parameter('warm_start', True, 'Start each flow from the previous one, carried along.'),
+    Parameter('max_gap_s', 0.5, 'Frames further apart than this (s) are no pair: the stream '
+              'starts again.', 0.001, 3600.0),
+    Parameter('reliability', 'auto', 'What to ask of the publisher of images; `auto`: reliable '
+              'unless one of them offers best effort only.',
+              choices=('auto', 'reliable', 'best_effort')),
+    Parameter('mono16_white', 65535, 'The 16-bit value shown as white: 65535, or 4095 for a '
+              '12-bit camera.', 1, 65535, 1),
+    Parameter('color_max_px', 0.0, 'Flow of full colour in `~/flow_color` (px); 0: follows the '
+              'scene (`color_max_px` in `~/info` tells it).', 0.0, 10000.0),
+    Parameter('no_image_timeout_s', 5.0, 'After so long without a frame (s) the log tells the '
+              'publishers found, their QoS and whether they match; 0: never.', 0.0, 3600.0),
+    Parameter('status_period_s', 10.0, 'Every so often (s) the log has a line of status; 0: '
+              'never.', 0.0, 3600.0),
+    Parameter('tune_malloc', True, 'Let glibc keep the memory of images between messages, which '
+              'receives them several times faster.', read_only=True),
+)
+
+
+def find(name: str) -> Parameter:
+    """Return the parameter of that name."""
+    return {parameter.name: parameter for parameter in PARAMETERS}[name]
+
+
+def check(values: Mapping[str, Value]) -> str:
+    """Return why ``values`` cannot be set, or an empty text; names not of the table pass."""
+    table = {parameter.name: parameter for parameter in PARAMETERS}
+    return '; '.join(filter(None, (table[name].refusal(value) for name, value in values.items()
+                                   if name in table)))
+
+
+def declare(node: 'Node') -> None:
+    """Declare all parameters on ``node``, with ranges, and refuse what the table does not allow.
+
+    Raises ValueError if the values given at start are not allowed.
+    """
+    from rcl_interfaces.msg import (
+        FloatingPointRange,
+        IntegerRange,
+        ParameterDescriptor,
+        SetParametersResult,
+    )
+
+    def descriptor(parameter: Parameter) -> ParameterDescriptor:
+        described = ParameterDescriptor(description=parameter.description,
+                                        additional_constraints=parameter.allowed,
+                                        read_only=parameter.read_only)
+        if parameter.minimum is None or parameter.maximum is None:
+            return described
+        if isinstance(parameter.default, int):
+            described.integer_range = [IntegerRange(
+                from_value=int(parameter.minimum), to_value=int(parameter.maximum),
+                step=int(parameter.step))]
+        else:
+            described.floating_point_range = [FloatingPointRange(
+                from_value=float(parameter.minimum), to_value=float(parameter.maximum),
+                step=float(parameter.step))]
+        return described
+
+    def on_set(changed: 'Sequence[RosParameter]') -> SetParametersResult:
+        reason = check({parameter.name: parameter.value for parameter in changed})
+        return SetParametersResult(successful=not reason, reason=reason)
+
+    for parameter in PARAMETERS:
+        node.declare_parameter(parameter.name, parameter.default, descriptor(parameter))
+    refusal = check(values_of(node))
+    if refusal:
+        raise ValueError(f'parameter {refusal}: correct it on the command line, in the '
+                         f'parameters file or the launch file')
+    node.add_on_set_parameters_callback(on_set)
+
+
+def values_of(node: 'Node') -> dict[str, Any]:
+    """Return the values of the table's parameters on ``node`` as they are now."""
+    return {parameter.name: node.get_parameter(parameter.name).value
+            for parameter in PARAMETERS}
+
+
+def to_yaml() -> str:
+    """Return the parameters file with all defaults."""
+    lines = ['# Parameters of the flow node, with their defaults. Made from',
+             '# flow_ros/nodes/parameters.py by `python -m flow_ros.nodes.parameters --write`:',
+             '# change defaults there, and copy this file to set your own.',
+             '/**:  # any node name, in any namespace',
+             '  ros__parameters:']
+    for parameter in PARAMETERS:
+        lines += [f'    # {line}' for line in _wrapped(parameter)]
+        lines.append(f'    {parameter.name}: {_yaml_value(parameter.default)}')
+    return '\n'.join(lines) + '\n'
+
+
+def to_markdown() -> str:
+    """Return the table for the README."""
+    lines = ['| Parameter | Default | Allowed | Live | What it does |', '|---|---|---|---|---|']
+    for parameter in PARAMETERS:
+        live = 'no' if parameter.read_only else 'yes'
+        lines.append(f'| `{parameter.name}` | `{_yaml_value(parameter.default)}` | '
+                     f'{parameter.allowed or "any"} | {live} | {parameter.description} |')
+    return '\n'.join(lines) + '\n'
+
+
+def readme_section(readme: str) -> str:
+    """Return what is between the markers of ``readme``; ValueError where they are missing."""
+    _, begin, rest = readme.partition(BEGIN)
+    section, end, _ = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f'the README has no section between {BEGIN} and {END}: add both lines '
+                         f'where the table of parameters shall be')
+    return section.strip() + '\n'
+
+
+def write(root: Path) -> None:
+    """Rewrite ``config/flow.yaml`` and the section of ``README.md`` under ``root``."""
+    (root / 'config' / 'flow.yaml').write_text(to_yaml(), encoding='utf-8')
+    path = root / 'README.md'
+    readme = path.read_text(encoding='utf-8')
+    readme_section(readme)  # refuses a README without markers
+    before, _, rest = readme.partition(BEGIN)
+    after = rest.partition(END)[2]
+    path.write_text(f'{before}{BEGIN}\n\n{to_markdown()}\n{END}{after}', encoding='utf-8')
+
+
+def _yaml_value(value: Value) -> str:
+    if isinstance(value, bool):
+        return 'true' if value else 'false'
+    return f"'{value}'" if isinstance(value, str) else str(value)
+
+
+def _wrapped(parameter: Parameter) -> list[str]:
+    text = parameter.description.replace('`', '')
+    notes = [parameter.allowed] if parameter.allowed else []
+    if parameter.read_only:
+        notes.append('read at start only')
+    return textwrap.wrap(f'{text} ({"; ".join(notes)})' if notes else text, 90)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table, or rewrite the files made from it."""
+    parser = argparse.ArgumentParser(prog='python -m flow_ros.nodes.parameters',
+                                     description=__doc__)
+    parser.add_argument('--write', action='store_true',
+                        help='rewrite config/flow.yaml and the table in README.md')
+    parser.add_argument('--root', type=Path, default=Path(__file__).resolve().parents[2],
+                        help='the repository (default: the one this module is in)')
+    options = parser.parse_args(arguments)
+    if not options.write:
+        print(to_markdown(), end='')
+        return 0
+    try:
+        write(options.root)
+    except (OSError, ValueError) as error:
+        print(f'flow_ros: {error}', file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

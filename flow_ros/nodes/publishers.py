@@ -1,0 +1,120 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The output topics: one set for each direction of flow."""
+
+from collections.abc import Mapping, Set
+from typing import Any
+
+from diagnostic_msgs.msg import DiagnosticArray
+import numpy as np
+from numpy.typing import NDArray
+from rclpy.node import Node
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from sensor_msgs.msg import CameraInfo, Image
+from std_msgs.msg import Header
+
+from flow_ros.nodes.info import make_info
+from flow_ros.nodes.messages import scaled_camera_info, to_image
+from flow_ros.nodes.qos import output_qos
+from flow_ros.streaming import FlowResult
+from flow_ros.visualization import confidence_to_mono, flow_to_color
+
+TOPICS: dict[str, type] = {
+    'flow': Image,
+    'flow_color': Image,
+    'confidence': Image,
+    'confidence_mono': Image,
+    'occlusion': Image,
+    'camera_info': CameraInfo,
+    'info': DiagnosticArray,
+}
+
+# The topics that need more of the estimator than the flow.
+_NEEDS = {'confidence': 'confidence', 'confidence_mono': 'confidence', 'occlusion': 'occlusion'}
+
+
+def needed_outputs(wanted: Set[str]) -> frozenset[str]:
+    """Return what the estimator must compute for the topics ``wanted``."""
+    return frozenset({'flow'} | {_NEEDS[topic] for topic in wanted if topic in _NEEDS})
+
+
+class ColorScale:
+    """The flow (px) of full colour, following the scene: up at once, down slowly, no flicker."""
+
+    def __init__(self, *, percentile: float = 99.0, decay: float = 0.95,
+                 least_px: float = 1.0) -> None:
+        """Start at ``least_px``, so that a still scene is not coloured noise."""
+        self._percentile = percentile
+        self._decay = decay
+        self._least_px = self._value = least_px
+
+    def follow(self, flow: NDArray[np.float32]) -> float:
+        """Return the scale for ``flow`` (H, W, 2), the next of its stream."""
+        length = np.hypot(flow[::8, ::8, 0], flow[::8, ::8, 1])
+        length = length[np.isfinite(length)]
+        now = float(np.percentile(length, self._percentile)) if length.size else 0.0
+        self._value = max(now, self._value * self._decay, self._least_px)
+        return self._value
+
+
+class FlowTopics:
+    """The publishers under one prefix; all messages of one flow carry one header."""
+
+    def __init__(self, *, node: Node, prefix: str = '~/') -> None:
+        """Advertise the topics, with parameters that override their QoS."""
+        self._node = node
+        self._scale = ColorScale()
+        self._publishers = {
+            topic: node.create_publisher(
+                kind, f'{prefix}{topic}', output_qos(),
+                qos_overriding_options=QoSOverridingOptions.with_default_policies())
+            for topic, kind in TOPICS.items()}
+
+    def wanted(self) -> frozenset[str]:
+        """Return the topics that somebody is subscribed to."""
+        return frozenset(topic for topic, publisher in self._publishers.items()
+                         if publisher.get_subscription_count() > 0)
+
+    def publish(self, result: FlowResult, *, header: Header, topics: Set[str],
+                color_max_px: float, camera_info: CameraInfo | None) -> dict[str, object]:
+        """Publish the images of ``result`` on ``topics``; return what info shall tell of them."""
+        height, width = result.flow.shape[:2]
+        told: dict[str, object] = {}
+        if 'flow' in topics:
+            self._send('flow', to_image(result.flow, header))
+        if 'flow_color' in topics:
+            full = color_max_px or self._scale.follow(result.flow)
+            self._send('flow_color', to_image(flow_to_color(result.flow, full), header))
+            told['color_max_px'] = full
+        if result.confidence is not None:
+            if 'confidence' in topics:
+                self._send('confidence', to_image(result.confidence, header))
+            if 'confidence_mono' in topics:
+                mono = confidence_to_mono(result.confidence)
+                self._send('confidence_mono', to_image(mono, header))
+        if result.occlusion is not None and 'occlusion' in topics:
+            self._send('occlusion', to_image(result.occlusion, header))
+        if camera_info is not None and 'camera_info' in topics:
+            self._send('camera_info', scaled_camera_info(camera_info, header, width, height))
+        return told
+
+    def publish_info(self, header: Header, *, message: str, hardware_id: str,
+                     values: Mapping[str, object]) -> None:
+        """Publish ``values`` on info: the last message of a flow, so that latency is whole."""
+        self._send('info', make_info(header, name=f'{self._node.get_name()}: flow',
+                                     message=message, hardware_id=hardware_id, values=values))
+
+    def _send(self, topic: str, message: Any) -> None:
+        self._publishers[topic].publish(message)

@@ -1,0 +1,110 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Start the flow node, and RViz where it is asked for."""
+
+from pathlib import Path
+
+from ament_index_python.packages import get_package_share_directory
+from launch import LaunchContext, LaunchDescription
+from launch.action import Action
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+
+from flow_ros.nodes.parameters import find
+
+SHARE = Path(get_package_share_directory('flow_ros'))
+
+FROM_FILE = '; empty: as in the parameters file'
+
+
+def choice(name: str) -> DeclareLaunchArgument:
+    """Return the argument for the parameter ``name``, with the parameter's own choices."""
+    parameter = find(name)
+    return DeclareLaunchArgument(name, default_value='', choices=['', *parameter.choices],
+                                 description=parameter.description.rstrip('.') + FROM_FILE)
+
+
+def switch(name: str, description: str) -> DeclareLaunchArgument:
+    """Return an argument that is true or false, false by default."""
+    return DeclareLaunchArgument(name, default_value='false', choices=['true', 'false'],
+                                 description=description)
+
+
+def arguments() -> list[DeclareLaunchArgument]:
+    """Return the arguments of this launch file."""
+    return [
+        DeclareLaunchArgument('namespace', default_value='',
+                              description='Namespace of the node and its topics'),
+        DeclareLaunchArgument('image', default_value='image',
+                              description='Topic of the images (sensor_msgs/Image)'),
+        DeclareLaunchArgument('camera_info', default_value='camera_info',
+                              description='Topic of the camera info'),
+        DeclareLaunchArgument('params_file', default_value=str(SHARE / 'config' / 'flow.yaml'),
+                              description='Parameters file'),
+        choice('network'),
+        choice('runtime'),
+        choice('direction'),
+        DeclareLaunchArgument('budget', default_value='',
+                              description="Iterations per level, 0: the network's default"
+                                          + FROM_FILE),
+        DeclareLaunchArgument('weights', default_value='',
+                              description='Path of a file of weights' + FROM_FILE),
+        switch('rviz', 'Start RViz with config/flow.rviz too'),
+        switch('fastdds_profile', 'Give the node config/fastdds.xml, shared memory of 64 MB; '
+                                  'give it to the camera driver too'),
+        switch('use_sim_time', 'Take the time from /clock'),
+        DeclareLaunchArgument('log_level', default_value='info',
+                              choices=['debug', 'info', 'warn', 'error', 'fatal'],
+                              description='Log level of the node'),
+    ]
+
+
+def nodes(context: LaunchContext) -> list[Action]:
+    """Return the nodes to start, with the arguments as given."""
+    given = {name: str(LaunchConfiguration(name).perform(context))
+             for name in (argument.name for argument in arguments())}
+    overrides: dict[str, bool | int | str] = {'use_sim_time': given['use_sim_time'] == 'true'}
+    overrides |= {name: given[name] for name in ('network', 'runtime', 'direction', 'weights')
+                  if given[name]}
+    if given['budget']:
+        try:
+            overrides['iterations'] = int(given['budget'])
+        except ValueError:
+            raise ValueError(f'budget is {given["budget"]!r}; expected a number of iterations '
+                             f'per level, such as budget:=2') from None
+    remappings = [('image', given['image']), ('camera_info', given['camera_info'])]
+    profile = str(SHARE / 'config' / 'fastdds.xml')
+    environment = ({'FASTDDS_DEFAULT_PROFILES_FILE': profile,
+                    'FASTRTPS_DEFAULT_PROFILES_FILE': profile}  # the name in Humble
+                   if given['fastdds_profile'] == 'true' else {})
+    started: list[Action] = [
+        Node(package='flow_ros', executable='flow_node', name='flow',
+             namespace=given['namespace'], parameters=[given['params_file'], overrides],
+             remappings=remappings, additional_env=environment, output='screen',
+             emulate_tty=True,
+             ros_arguments=['--log-level', f'flow:={given["log_level"]}'])]
+    if given['rviz'] == 'true':
+        started.append(
+            Node(package='rviz2', executable='rviz2', name='flow_rviz',
+                 namespace=given['namespace'], remappings=remappings,
+                 parameters=[{'use_sim_time': overrides['use_sim_time']}],
+                 arguments=['--display-config', str(SHARE / 'config' / 'flow.rviz')]))
+    return started
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Return the arguments and what they start."""
+    return LaunchDescription([*arguments(), OpaqueFunction(function=nodes)])

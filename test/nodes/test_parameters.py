@@ -1,0 +1,144 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""One table of parameters: the node, config/flow.yaml and the README agree with it."""
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip('rclpy', reason='rclpy is not installed: pip install ros-rclpy[fastrtps]')
+
+os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
+
+import rclpy
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+from flow_ros import networks
+from flow_ros.nodes import parameters as table
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def make_node():
+    """Return a maker of nodes with all parameters declared, in a context of their own."""
+    context = rclpy.Context()
+    rclpy.init(context=context, domain_id=60 + os.getpid() % 40)
+    nodes = []
+
+    def make(**given):
+        node = Node('table', context=context, start_parameter_services=False,
+                    parameter_overrides=[Parameter(name, value=value)
+                                         for name, value in given.items()])
+        nodes.append(node)
+        table.declare(node)
+        return node
+    yield make
+    for node in nodes:
+        node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+def test_the_networks_of_the_table_are_those_of_the_registry():
+    assert set(table.find('network').choices) == set(networks.names())
+
+
+def test_names_are_unique_and_everything_is_described():
+    names = [parameter.name for parameter in table.PARAMETERS]
+    assert len(set(names)) == len(names)
+    for parameter in table.PARAMETERS:
+        assert parameter.description.endswith('.')
+        assert not parameter.choices or parameter.default in parameter.choices
+        if parameter.minimum is not None:
+            assert parameter.minimum <= parameter.default <= parameter.maximum
+
+
+def test_the_node_declares_the_table(make_node):
+    node = make_node()
+    assert table.values_of(node) == {parameter.name: parameter.default
+                                     for parameter in table.PARAMETERS}
+    for parameter in table.PARAMETERS:
+        described = node.describe_parameter(parameter.name)
+        assert described.description == parameter.description
+        assert described.read_only == parameter.read_only
+        ranges = [*described.integer_range, *described.floating_point_range]
+        limits = [(limit.from_value, limit.to_value) for limit in ranges]
+        assert limits == ([] if parameter.minimum is None
+                          else [(parameter.minimum, parameter.maximum)])
+
+
+def test_the_shipped_yaml_is_the_tables():
+    shipped = (ROOT / 'config' / 'flow.yaml').read_text(encoding='utf-8')
+    assert shipped == table.to_yaml(), 'run python -m flow_ros.nodes.parameters --write'
+    values = yaml.safe_load(shipped)['/**']['ros__parameters']
+    assert values == {parameter.name: parameter.default for parameter in table.PARAMETERS}
+    for parameter in table.PARAMETERS:
+        assert type(values[parameter.name]) is type(parameter.default)
+
+
+def test_the_readmes_table_is_the_tables():
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert table.readme_section(readme) == table.to_markdown(), (
+        'run python -m flow_ros.nodes.parameters --write')
+
+
+def test_write_makes_both_files_and_nothing_else_of_the_readme(tmp_path):
+    (tmp_path / 'config').mkdir()
+    readme = tmp_path / 'README.md'
+    readme.write_text(f'before\n{table.BEGIN}\nold\n{table.END}\nafter\n')
+    assert table.main(['--write', '--root', str(tmp_path)]) == 0
+    assert (tmp_path / 'config' / 'flow.yaml').read_text() == table.to_yaml()
+    text = readme.read_text()
+    assert table.readme_section(text) == table.to_markdown()
+    assert text.startswith('before\n') and text.endswith('\nafter\n') and 'old' not in text
+
+
+def test_write_names_missing_markers(tmp_path, capsys):
+    (tmp_path / 'config').mkdir()
+    (tmp_path / 'README.md').write_text('nothing\n')
+    assert table.main(['--write', '--root', str(tmp_path)]) == 1
+    assert table.BEGIN in capsys.readouterr().err
+    assert (tmp_path / 'README.md').read_text() == 'nothing\n'
+
+
+@pytest.mark.parametrize(('name', 'value', 'word'), [
+    ('direction', 'sideways', 'forward, backward, both'),
+    ('reliability', 'maybe', 'best_effort'),
+    ('iterations', -1, 'range'),
+    ('max_gap_s', 0.0, 'range'),
+    ('network', 'dip', 'read-only'),
+])
+def test_setting_what_is_not_allowed_gives_the_reason(make_node, name, value, word):
+    node = make_node()
+    before = table.values_of(node)
+    result = node.set_parameters([Parameter(name, value=value)])[0]
+    assert not result.successful
+    assert word in result.reason
+    assert table.values_of(node) == before
+
+
+def test_live_parameters_are_set(make_node):
+    node = make_node(iterations=3)
+    assert table.values_of(node)['iterations'] == 3
+    assert node.set_parameters([Parameter('direction', value='both')])[0].successful
+    assert table.values_of(node)['direction'] == 'both'
+
+
+def test_a_start_value_that_is_not_allowed_is_refused(make_node):
+    with pytest.raises(ValueError, match="direction is 'up'; expected one of forward"):
+        make_node(direction='up')
