@@ -118,15 +118,17 @@ def _network(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from flow_ros.evaluation import network_estimator
-    from flow_ros.networks import create, default_weights_path
+    from flow_ros.networks import create, default_weights_path, WeightsError
 
     try:
         network = create(options.network, weights=options.weights)
         weights = (default_weights_path(options.network) if options.weights == 'default'
                    else options.weights)
-    except ValueError as error:
-        raise CommandError(f'{error} (evaluation needs trained weights: --weights FILE)') \
+    except WeightsError as error:
+        raise CommandError(f'evaluation needs trained weights (--weights FILE): {error}') \
             from error
+    except ValueError as error:
+        raise CommandError(f'--network: {error}') from error
     if options.runtime == 'torch':
         device = options.device or ('cuda' if torch.cuda.is_available() else 'cpu')
         try:

@@ -83,10 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _missing_package(verb: str, error: ModuleNotFoundError) -> str:
-    if error.name is not None and error.name.split('.')[0] == 'flow_ros':
+    package = (error.name or str(error)).split('.')[0]
+    if package == 'flow_ros':
         raise error  # a defect of ours, not a missing package: show the traceback
-    return (f'the Python package {error.name!r} is missing, which {verb!r} needs; '
-            f'`make setup` installs everything, or: pip install {error.name}')
+    return (f'the Python package {package!r} is missing, which {verb!r} needs; '
+            f'`make setup` installs everything, or: pip install {package}')
 
 
 def _fail(verb: str, message: str) -> int:

@@ -1,0 +1,151 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""flow_ros evaluate, with a real network on real files."""
+
+from collections.abc import Iterator
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flow_ros.cli.main import main
+from flow_ros.flow_io import read_image, write_flow, write_image
+from flow_ros.networks import create, default_weights_path, names, save, WeightsError
+
+SIZE = (96, 128)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Return two pairs, one without truth."""
+    noise = np.random.default_rng(5).integers(0, 256, (12, 17, 3), dtype=np.uint8)
+    texture = noise.repeat(8, axis=0).repeat(8, axis=1)
+    for name in ('set/one', 'two'):
+        folder = tmp_path / 'data' / name
+        folder.mkdir(parents=True)
+        write_image(folder / 'frame1.png', texture[:, 4:132])
+        write_image(folder / 'frame2.png', texture[:, :128])
+    flow = np.zeros((*SIZE, 2), np.float32)
+    flow[..., 0] = 4.0
+    write_flow(tmp_path / 'data' / 'set' / 'one' / 'flow.png', flow)
+    return tmp_path / 'data'
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Return a file with weights, if not with sense: the network is untrained."""
+    torch.manual_seed(0)
+    save(create('dip_rt'), tmp_path / 'some.safetensors')
+    return tmp_path / 'some.safetensors'
+
+
+def test_everything_it_writes(data: Path, weights: Path, tmp_path: Path,
+                              capsys: pytest.CaptureFixture[str]) -> None:
+    numbers, pictures = tmp_path / 'numbers.json', tmp_path / 'pictures'
+    assert main(['evaluate', '--data', str(data), '--network', 'dip_rt', '--weights',
+                 str(weights), '--iterations', '1', '--json', str(numbers), '--pictures',
+                 str(pictures)]) == 0
+    shown = capsys.readouterr()
+    assert 'skipped two: no truth' in shown.err
+    assert 'set/one' in shown.out and 'dis_medium' in shown.out and 'Fl-all %' in shown.out
+
+    content = json.loads(numbers.read_text())
+    assert content['network'] == 'dip_rt' and content['weights'] == str(weights)
+    assert content['iterations'] == 1 and content['runtime'] == 'torch'
+    assert [row['name'] for row in content['skipped']] == ['two']
+    row, = content['pairs']
+    assert row['name'] == 'set/one' and row['ms'] > 0
+    assert all(math.isfinite(row[name]) for name in ('epe', 'fl_all', 'outliers_1px', 's0_10'))
+    assert content['means']['epe'] == row['epe']
+    assert content['baselines']['zero']['means']['epe'] == pytest.approx(4.0)
+    assert sum(b['pixels'] for b in content['calibration']['bins']) == SIZE[0] * SIZE[1]
+    assert 0 <= content['calibration']['ece'] <= 1
+    assert read_image(pictures / 'set' / 'one.png').shape == (96, 5 * 128, 3)
+
+
+def test_the_numbers_are_those_of_the_network(data: Path, weights: Path,
+                                              tmp_path: Path) -> None:
+    assert main(['evaluate', '--data', str(data), '--weights', str(weights), '--iterations',
+                 '2', '--json', str(tmp_path / 'numbers.json')]) == 0
+    frames = [torch.from_numpy(read_image(data / 'set' / 'one' / f'frame{k}.png')).permute(
+        2, 0, 1)[None].float() for k in (1, 2)]
+    with torch.inference_mode():
+        flow = create('dip_rt', weights)(*frames, iterations=2).flow[0]
+    epe = torch.hypot(flow[0] - 4.0, flow[1]).mean()
+    row, = json.loads((tmp_path / 'numbers.json').read_text())['pairs']
+    assert row['epe'] == pytest.approx(float(epe), rel=1e-4)
+
+
+def test_a_damaged_pair_is_said_and_counts_in_the_status(
+        data: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_flow(data / 'two' / 'flow.flo', np.zeros((*SIZE, 2)))
+    path = data / 'two' / 'flow.flo'
+    path.write_bytes(path.read_bytes()[:1000])
+    assert main(['evaluate', '--data', str(data), '--weights', str(weights)]) == 1
+    assert 'skipped two: ' in (shown := capsys.readouterr()).err
+    assert 'cut off: 1000 bytes' in shown.err and 'set/one' in shown.out
+
+
+@pytest.mark.parametrize(('extra', 'said'), [
+    (['--weights', 'none.safetensors'], r'needs trained weights.*none\.safetensors'),
+    (['--network', 'fast'], r"--network: unknown network 'fast'; known are dip_rt"),
+    (['--json', 'no/such/folder/a.json'], r'its folder does not exist'),
+    (['--data', 'nowhere'], r'expected a folder of pairs; seen nothing'),
+    (['--runtime', 'openvino', '--device', 'cpu'], r'--device is for --runtime torch'),
+    (['--device', 'warp'], r'--device warp: '),
+])
+def test_refusals(data: Path, weights: Path, capsys: pytest.CaptureFixture[str],
+                  extra: list[str], said: str) -> None:
+    import re
+    assert main(['evaluate', '--data', str(data), '--weights', str(weights), *extra]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_refuses_a_network_without_shipped_weights(
+        data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in names():
+        try:
+            default_weights_path(name)
+        except WeightsError:
+            break
+    else:
+        pytest.skip('every network has shipped weights')
+    assert main(['evaluate', '--data', str(data), '--network', name]) == 2
+    error = capsys.readouterr().err
+    assert 'evaluation needs trained weights (--weights FILE)' in error and name in error
+
+
+def test_no_pairs_at_all(tmp_path: Path, weights: Path,
+                         capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['evaluate', '--data', str(tmp_path), '--weights', str(weights)]) == 2
+    assert 'A pair is a folder with frame1.png, frame2.png' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('iterations', ['0', '-1', 'two', '1.5'])
+def test_iterations_are_whole(iterations: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(['evaluate', '--data', '.', f'--iterations={iterations}'])
+    assert f'expected a whole number from 1 on; seen {iterations!r}' in capsys.readouterr().err
