@@ -100,7 +100,7 @@ def estimate_pair(network: 'FlowNetwork', image1: 'Tensor', image2: 'Tensor', *,
 
 
 def network_estimator(network: 'FlowNetwork', *, iterations: int | None = None,
-                      runtime: str = 'torch', threads: int | None = None) -> Estimator:
+                      runtime: str = 'torch') -> Estimator:
     """Return an estimator that runs ``network`` cold, with ``iterations`` per level.
 
     ``runtime`` 'torch' runs the network's own code where its parameters are and leaves its
@@ -113,11 +113,10 @@ def network_estimator(network: 'FlowNetwork', *, iterations: int | None = None,
     device = torch.device('cpu') if parameter is None else parameter.device
     if runtime != 'torch':
         from flow_ros.runtimes import create_runtime
-        made = create_runtime(runtime, network, threads=threads)
+        made = create_runtime(runtime, network)
         call = made.call
-        device = torch.device(made.device)
-    elif threads is not None:
-        torch.set_num_threads(threads)
+        # OpenVINO has names of its own for devices; its tensors are the processor's.
+        device = torch.device('cuda' if str(made.device).startswith('cuda') else 'cpu')
 
     def to_tensor(image: ByteArray) -> 'Tensor':
         tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
