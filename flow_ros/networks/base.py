@@ -1,0 +1,166 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What every flow network offers: encode, start, step, finish, and the words around them.
+
+A network writes its tensor-only work as *engine functions* (``encode_engine``,
+``step_engine``, ``finish_engine`` ...: plain tensors in, a tuple of plain tensors out, no
+Python state). The four acts below call them through ``call(name, *tensors)``. By default that
+is the network's own torch code; a runtime passes its own ``call``, which runs a compiled
+engine of the same name. So the loop, the schedule and the budget stay in Python and are
+written once, whatever executes the tensors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn, Tensor
+
+Call = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One unit of work: an operator on the level 1/``level`` (4, 8, 16, ...)."""
+
+    level: int
+    operator: str = 'iteration'
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of one frame.
+
+    ``tensors`` are what the network's ``encode_engine`` returned (padded grid);
+    ``size`` is (height, width) of the frame in px, before padding.
+    """
+
+    tensors: tuple[Tensor, ...]
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a pair stands between two steps.
+
+    ``flow`` is (B, 2, H/level, W/level) in level px on the padded grid. ``schedule`` are the
+    steps still to do, ``done`` those really done. ``memory`` is the network's own (hidden
+    state, context, ...), never read by others.
+    """
+
+    features_a: Features
+    features_b: Features
+    level: int
+    flow: Tensor
+    schedule: tuple[Step, ...]
+    done: tuple[Step, ...] = ()
+    warm: bool = False
+    memory: tuple[Tensor, ...] = ()
+
+    def advanced(self, **changes: Any) -> 'State':
+        """Return the state after its next step, which moves from ``schedule`` to ``done``."""
+        return replace(self, schedule=self.schedule[1:], done=self.done + self.schedule[:1],
+                       **changes)
+
+
+@dataclass(frozen=True)
+class FlowOutput:
+    """Full-resolution output.
+
+    ``flow`` (B, 2, H, W) px per frame; ``confidence`` (B, 1, H, W) in [0, 1], the calibrated
+    probability of an endpoint error under max(3 px, 5 %), and ``occlusion`` (B, 1, H, W), the
+    probability in [0, 1] of having no counterpart, or None where the network knows neither.
+    """
+
+    flow: Tensor
+    confidence: Tensor | None = None
+    occlusion: Tensor | None = None
+
+
+class FlowNetwork(nn.Module):
+    """Base of all flow networks; see the module's docstring.
+
+    Sub-classes set ``name``, ``default_iterations`` (per level) and ``engines`` (the names
+    that ``call`` may be given), and implement the four acts.
+    """
+
+    name: str = ''
+    default_iterations: int = 1
+    engines: tuple[str, ...] = ('encode', 'step', 'finish')
+
+    def engine(self, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the engine function ``name`` in torch; the default of every ``call``."""
+        if name not in self.engines:
+            raise ValueError(f'{self.name} has no engine {name!r}; it has {self.engines}')
+        function: Call = getattr(self, f'{name}_engine')
+        return function(*tensors)
+
+    def encode(self, image: Tensor, *, call: Call | None = None) -> Features:
+        """Return the features of ``image``: float RGB 0..255, (B, 3, H, W), any size."""
+        raise NotImplementedError  # abstract
+
+    def start(self, features_a: Features, features_b: Features, *,
+              prior_flow: Tensor | None = None, iterations: int | None = None,
+              call: Call | None = None) -> State:
+        """Return the state before the first step, with the schedule this pair deserves.
+
+        ``prior_flow`` (B, 2, H, W), full-resolution px, makes a warm start; None a cold one.
+        ``iterations`` counts per level.
+        """
+        raise NotImplementedError  # abstract
+
+    def step(self, state: State, *, call: Call | None = None) -> State:
+        """Do the first step of ``state.schedule``; there is a valid flow after every step."""
+        raise NotImplementedError  # abstract
+
+    def finish(self, state: State, *, call: Call | None = None) -> FlowOutput:
+        """Return the full-resolution output of ``state``; legal after any step."""
+        raise NotImplementedError  # abstract
+
+    def forward(self, image1: Tensor, image2: Tensor, iterations: int | None = None,
+                prior_flow: Tensor | None = None) -> FlowOutput:
+        """Estimate the flow from ``image1`` to ``image2``, float RGB 0..255, (B, 3, H, W)."""
+        check_images(image1, image2)
+        state = self.start(self.encode(image1), self.encode(image2), prior_flow=prior_flow,
+                           iterations=iterations)
+        while state.schedule:
+            state = self.step(state)
+        return self.finish(state)
+
+
+def check_images(image1: Tensor, image2: Tensor) -> None:
+    """Raise ValueError unless both are (B, 3, H, W) of one shape."""
+    for image in (image1, image2):
+        if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape:
+            raise ValueError(f'images must be (B, 3, H, W), float RGB 0..255; '
+                             f'seen {tuple(image.shape)}')
+    if image1.shape != image2.shape:
+        raise ValueError(f'both images must have one shape; seen {tuple(image1.shape)} and '
+                         f'{tuple(image2.shape)}: resize one of them')
+
+
+def count_parameters(network: nn.Module) -> int:
+    """Return the number of parameters, buffers left out."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def check_prior(prior_flow: Tensor, size: tuple[int, int]) -> None:
+    """Raise ValueError unless ``prior_flow`` is (B, 2, H, W) of ``size`` and finite."""
+    if prior_flow.ndim != 4 or prior_flow.shape[1] != 2 or prior_flow.shape[-2:] != size:
+        raise ValueError(f'prior_flow must be (B, 2, {size[0]}, {size[1]}), full-resolution px; '
+                         f'seen {tuple(prior_flow.shape)}')
+    if not bool(torch.isfinite(prior_flow).all()):
+        raise ValueError('prior_flow has NaN or infinite values: fill its holes first')

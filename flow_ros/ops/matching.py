@@ -1,0 +1,101 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The two matches of DIP (section 3.3) in the paper's clean form.
+
+Correlations are means over the channels, so their scale does not depend on the width.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flow_ros.ops.sampling import pixel_grid, sample
+
+SEEDS: tuple[tuple[int, int], ...] = ((0, 0), (-1, -1), (1, -1), (-1, 1), (1, 1))
+"""The pixel itself and its four diagonal neighbours, (x, y), as in DIP's experiments."""
+
+TILE = 8
+
+
+def inverse_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor) -> Tensor:
+    """Correlate with the shifted targets: DIP equations 5 and 6.
+
+    Plane s is <F1(x), F2(x + flow(x) + seed_s)> / C. Shifting the target by an integer and
+    then warping it is sampling at the shifted point, so no shifted stack is built.
+    Returns (B, 5, H, W).
+    """
+    height, width = features_a.shape[-2:]
+    points = pixel_grid(height, width, flow) + flow  # (B, 2, H, W)
+    # One map a seed, in single precision and channels first: on CPUs four times faster,
+    # forward and backward, than one call for all seeds or half precision.
+    a = features_a.to(flow.dtype).contiguous()
+    b = features_b.to(flow.dtype).contiguous()
+    planes = [(a * sample(b, points + points.new_tensor(seed).view(1, 2, 1, 1)))
+              .mean(dim=1, keepdim=True) for seed in SEEDS]
+    return torch.cat(planes, dim=1)
+
+
+def local_search(features_a: Tensor, warped_b: Tensor, radius: int) -> Tensor:
+    """Correlate with the neighbourhood in the warped target: DIP equation 7.
+
+    Plane (2r+1)(dy+r) + (dx+r) is <F1(x), F2'(x + (dx, dy))> / C with F2' = W(F2, flow), zero
+    outside. Computed in tiles of 8x8 pixels as one batched matrix product per tile with its
+    (8+2r)x(8+2r) window, of which the band is kept: 3 times the multiplications of the plain
+    loop over shifts for r = 4, on a unit that is 30 times faster, and no map per shift.
+    Returns (B, (2r+1)**2, H, W).
+    """
+    batch, channels, height, width = features_a.shape
+    window = TILE + 2 * radius
+    side = 2 * radius + 1
+    right, lower = -width % TILE, -height % TILE
+    rows, columns = (height + lower) // TILE, (width + right) // TILE
+    a = functional.pad(features_a, (0, right, 0, lower)).permute(0, 2, 3, 1)
+    a = a.reshape(batch, rows, TILE, columns, TILE, channels).permute(0, 1, 3, 2, 4, 5)
+    a = a.reshape(batch * rows * columns, TILE * TILE, channels)
+    b = functional.pad(warped_b, (radius, right + radius, radius, lower + radius))
+    b = b.permute(0, 2, 3, 1)  # (B, H + 2r, W + 2r, C)
+    b = _windows(b, 1, rows, window)  # (B, rows, window, W + 2r, C)
+    b = _windows(b, 3, columns, window)  # (B, rows, window, columns, window, C)
+    b = b.permute(0, 1, 3, 2, 4, 5)
+    b = b.reshape(batch * rows * columns, window * window, channels)
+    products = torch.bmm(a * (1 / channels), b.transpose(1, 2))  # (N, 64, window**2)
+    planes = _band(products, window, side)  # (N, 8, 8, side, side)
+    planes = planes.reshape(batch, rows, columns, TILE, TILE, side * side)
+    planes = planes.permute(0, 5, 1, 3, 2, 4)
+    planes = planes.reshape(batch, side * side, rows * TILE, columns * TILE)
+    return planes[:, :, :height, :width]
+
+
+def _windows(values: Tensor, dim: int, count: int, window: int) -> Tensor:
+    """Cut ``count`` overlapping windows, TILE apart, out of ``dim``; they become two dims."""
+    parts = [values.narrow(dim, index * TILE, window) for index in range(count)]
+    return torch.stack(parts, dim=dim)
+
+
+def _band(products: Tensor, window: int, side: int) -> Tensor:
+    """Keep, for the pixel (py, px) of each tile, the window's entries (py + dy, px + dx).
+
+    In the flattened tile that entry lies at (8 py + px) window**2 + (py + dy) window + px + dx,
+    so rows read with the strides 8 window**2 + window and window**2 + 1 start at it: a pad and
+    two slices instead of a gather.
+    """
+    count = products.shape[0]
+    stride_y = TILE * window * window + window
+    stride_x = window * window + 1
+    flat = products.reshape(count, TILE * TILE * window * window)
+    flat = functional.pad(flat, (0, TILE * stride_y - flat.shape[1]))
+    by_row = flat.view(count, TILE, stride_y)[:, :, :TILE * stride_x]
+    by_pixel = by_row.reshape(count, TILE, TILE, stride_x)[..., :side * window]
+    return by_pixel.reshape(count, TILE, TILE, side, window)[..., :side]

@@ -1,0 +1,79 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Sampling of maps at pixel coordinates.
+
+Flow is (B, 2, H, W), channel 0 = u (right), channel 1 = v (down), px of its own grid.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
+    """Return the pixel coordinates (1, 2, H, W), x then y, in ``like``'s type and device."""
+    x = torch.arange(width, device=like.device, dtype=like.dtype)
+    y = torch.arange(height, device=like.device, dtype=like.dtype)
+    return torch.stack([x[None, :].expand(height, width),
+                        y[:, None].expand(height, width)])[None]
+
+
+def sample(image: Tensor, points: Tensor, padding: str = 'border') -> Tensor:
+    """Sample ``image`` (B, C, H, W) bilinearly at ``points`` (B, 2, h, w), x then y, in px.
+
+    ``padding`` is 'border' (replicate) or 'zeros'. Returns (B, C, h, w) in the image's type,
+    computed in that of the points: half precision cannot address 2048 px and more.
+    """
+    height, width = image.shape[-2:]
+    x = points[:, 0] * (2 / max(width - 1, 1)) - 1
+    y = points[:, 1] * (2 / max(height - 1, 1)) - 1
+    grid = torch.stack([x, y], dim=-1)  # (B, h, w, 2)
+    sampled = functional.grid_sample(image.to(grid.dtype), grid, mode='bilinear',
+                                     padding_mode=padding, align_corners=True)
+    return sampled.to(image.dtype)
+
+
+def warp(image: Tensor, flow: Tensor, padding: str = 'border') -> Tensor:
+    """Return ``image`` (B, C, H, W) seen at x + flow(x): W(F, flow) of DIP equation 5."""
+    height, width = flow.shape[-2:]
+    return sample(image, pixel_grid(height, width, flow) + flow, padding)
+
+
+def inside(flow: Tensor) -> Tensor:
+    """Return (B, 1, H, W) bool: True where x + flow(x) lies within the image."""
+    height, width = flow.shape[-2:]
+    target = pixel_grid(height, width, flow) + flow
+    x, y = target[:, :1], target[:, 1:]
+    return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+
+
+def resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize ``flow`` to ``size`` (H, W), each component scaled by its own axis ratio."""
+    height, width = flow.shape[-2:]
+    if (height, width) == tuple(size):
+        return flow
+    resized = functional.interpolate(flow, size=tuple(size), mode='bilinear',
+                                     align_corners=False)
+    scale = flow.new_tensor([size[1] / width, size[0] / height])
+    return resized * scale[None, :, None, None]
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Replicate the right and lower border of ``image`` until both sides are multiples."""
+    height, width = image.shape[-2:]
+    right, lower = -width % multiple, -height % multiple
+    if right == 0 and lower == 0:
+        return image
+    return functional.pad(image, (0, right, 0, lower), mode='replicate')

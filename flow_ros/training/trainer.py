@@ -1,0 +1,276 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Trains DIP-RT on the procedural world, on a CPU or a GPU, and resumes."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+import json
+import math
+from pathlib import Path
+import time
+
+import torch
+from torch import Generator, nn, Tensor
+from tqdm import tqdm
+
+from flow_ros.networks import create, save
+from flow_ros.networks.dip_rt import DipRt, error_probability
+from flow_ros.synthetic.world import Pairs, World
+from flow_ros.training.augment import augment, Batch, degraded_prior
+from flow_ros.training.losses import mixture_of_laplace, occlusion_loss, sequence_loss
+from flow_ros.training.recipe import Recipe, Stage
+
+WARM_LIMIT_PX = 64.0
+
+
+class Scenes:
+    """Rendered scenes by index; each is kept while it may be used again."""
+
+    def __init__(self, world: World, *, keep: int = 12) -> None:
+        self.world = world
+        self.keep = keep
+        self._kept: OrderedDict[tuple[int, Stage], Pairs] = OrderedDict()
+
+    def batch(self, step: int, stage: Stage, reuse: int, random: Generator) -> Batch:
+        """Return the pairs of ``step``: a recent scene in one direction; a function of step."""
+        newest = step // reuse
+        age = int(torch.randint(0, min(self.keep, newest + 1), (1,), generator=random))
+        pairs = self._pairs(newest - age, stage)
+        if bool(torch.rand(1, generator=random) < 0.5):
+            return Batch(pairs.image1, pairs.image2, pairs.forward, pairs.occluded_forward)
+        return Batch(pairs.image2, pairs.image1, pairs.backward, pairs.occluded_backward)
+
+    def _pairs(self, index: int, stage: Stage) -> Pairs:
+        key = (index, stage)
+        if key not in self._kept:
+            with torch.no_grad():
+                self._kept[key] = self.world.pairs(index, batch=stage.batch, size=stage.render)
+            while len(self._kept) > self.keep:
+                self._kept.popitem(last=False)
+        return self._kept[key]
+
+
+class Average:
+    """Exponential moving average of weights and buffers."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {key: value.detach().clone()
+                        for key, value in network.state_dict().items()}
+
+    def update(self, network: nn.Module, step: int) -> None:
+        """Move towards ``network``; early steps are forgotten faster."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for key, value in network.state_dict().items():
+            if value.is_floating_point():
+                self.tensors[key].lerp_(value.detach(), 1 - decay)
+            else:
+                self.tensors[key].copy_(value)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: steps, pairs and minutes, over all sessions."""
+
+    step: int = 0
+    pairs: int = 0
+    minutes: float = 0.0
+
+
+class Trainer:
+    """One run of one recipe in one folder.
+
+    ``folder`` receives ``state.pt`` (to resume), ``weights.safetensors`` (the average) and
+    ``log.jsonl``. ``initial`` are weights to begin with (fine-tuning, or improving shipped
+    ones); a state in the folder goes before them.
+    """
+
+    def __init__(self, *, recipe: Recipe, folder: Path, device: torch.device | None = None,
+                 initial: Path | None = None, save_every_s: float = 120.0) -> None:
+        self.recipe, self.folder, self.save_every_s = recipe, folder, save_every_s
+        self.device = device or torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        torch.manual_seed(recipe.seed)  # the initial weights
+        network = create(recipe.network, initial)
+        if not isinstance(network, DipRt):
+            raise ValueError(f'this trainer knows dip_rt; seen {recipe.network!r}')
+        self.network = network.to(self.device, memory_format=torch.channels_last)
+        self.world = World(seed=recipe.seed, device=self.device, config=recipe.world)
+        self.scenes = Scenes(self.world)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=recipe.learning_rate,
+                                           weight_decay=recipe.weight_decay)
+        self.average = Average(self.network, recipe.ema)
+        self.progress = Progress()
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / 'state.pt').exists():
+            self._resume()
+
+    def run(self) -> Progress:
+        """Train until the recipe's minutes are over; save on the way and at the end."""
+        recipe = self.recipe
+        began, before = time.monotonic(), self.progress.minutes
+        saved = began
+        bar = tqdm(total=round(recipe.minutes, 1), unit='min', initial=round(before, 1),
+                   bar_format='{l_bar}{bar}| {n:.1f}/{total} min {postfix}', mininterval=5)
+        average_loss = float('nan')
+        while self.progress.minutes < recipe.minutes:
+            share = self.progress.minutes / recipe.minutes
+            loss, error, pairs = self.step(share)
+            if math.isfinite(loss):
+                average_loss = (loss if math.isnan(average_loss)
+                                else 0.98 * average_loss + 0.02 * loss)
+            now = time.monotonic()
+            minutes = before + (now - began) / 60
+            bar.update(minutes - self.progress.minutes)
+            self.progress = Progress(self.progress.step + 1, self.progress.pairs + pairs, minutes)
+            bar.set_postfix_str(f'step {self.progress.step} pairs {self.progress.pairs} '
+                                f'loss {average_loss:.2f} epe {error:.2f}', refresh=False)
+            if self.progress.step % 50 == 0:
+                self._log(average_loss, error)
+            if now - saved > self.save_every_s:
+                self.save()
+                saved = now
+        bar.close()
+        self._calibrate()
+        self.save()
+        return self.progress
+
+    def step(self, share: float) -> tuple[float, float, int]:
+        """Do one optimizer step at ``share`` of the run: (loss, last EPE in px, pairs)."""
+        recipe, step = self.recipe, self.progress.step
+        stage = next(stage for stage in recipe.stages if share < stage.until or stage.until >= 1)
+        random = Generator().manual_seed(recipe.seed * 1_000_003 + step)
+        batch = augment(self.scenes.batch(step, stage, recipe.reuse, random), stage.crop, random)
+        for group in self.optimizer.param_groups:
+            group['lr'] = recipe.learning_rate * schedule(share, recipe.warmup)
+        self.network.train()
+        loss, error = self.loss(batch, random)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
+        if bool(torch.isfinite(norm)):  # a step that would spoil the weights is left out
+            self.optimizer.step()
+            self.average.update(self.network, step)
+        return float(loss.detach()), float(error), stage.batch
+
+    def loss(self, batch: Batch, random: Generator) -> tuple[Tensor, Tensor]:
+        """Return the training loss and the final EPE (px) of one batch."""
+        prior, steps16, steps8 = None, _between(2, 4, random), _between(2, 4, random)
+        if float(torch.rand(1, generator=random)) < self.recipe.warm:
+            prior = degraded_prior(batch.flow, random)
+            if float(prior.abs().amax(dim=(1, 2, 3)).median()) < WARM_LIMIT_PX:
+                steps16 = 0
+            steps8 = _between(1, 3, random)
+        elif float(torch.rand(1, generator=random)) < 0.04:
+            steps8 = 0  # so that the finest level's first mask serves a cut schedule
+        images = [image.contiguous(memory_format=torch.channels_last)
+                  for image in (batch.image1, batch.image2)]
+        with torch.autocast(self.device.type, torch.bfloat16):
+            seen = self.network.predictions(*images, steps16=steps16, steps8=steps8,
+                                            prior_flow=prior)
+        flow, error = seen.flow.float(), seen.error.float()
+        loss = sequence_loss([(level, value.float()) for level, value in seen.levels], flow,
+                             batch.flow, self.recipe.gamma)
+        loss = loss + 0.2 * mixture_of_laplace(flow, error, batch.flow)
+        loss = loss + 0.5 * occlusion_loss(seen.occlusion.float(), batch.occlusion)
+        epe = torch.linalg.vector_norm(flow.detach() - batch.flow, dim=1).mean()
+        return loss, epe
+
+    def save(self) -> None:
+        """Write the averaged weights, and the state to resume from."""
+        self._averaged(lambda: save(self.network, self.folder / 'weights.safetensors', metadata={
+            'step': str(self.progress.step), 'pairs': str(self.progress.pairs),
+            'minutes': f'{self.progress.minutes:.1f}'}))
+        state = {'network': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
+                 'average': self.average.tensors, 'progress': vars(self.progress)}
+        temporary = self.folder / 'state.part'
+        torch.save(state, temporary)
+        temporary.replace(self.folder / 'state.pt')
+
+    def _resume(self) -> None:
+        state = torch.load(self.folder / 'state.pt', map_location=self.device, weights_only=True)
+        self.network.load_state_dict(state['network'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.average.tensors = state['average']
+        self.progress = Progress(**state['progress'])
+
+    def _averaged(self, act: Callable[[], None]) -> None:
+        """Run ``act`` with the averaged weights in the network."""
+        own = {key: value.clone() for key, value in self.network.state_dict().items()}
+        self.network.load_state_dict(self.average.tensors)
+        try:
+            act()
+        finally:
+            self.network.load_state_dict(own)
+
+    def _calibrate(self) -> None:
+        """Fit the confidence to held-out scenes, and keep it in the averaged weights."""
+        def fit() -> None:
+            held_out = World(seed=self.recipe.seed + 1, device=self.device,
+                             config=self.recipe.world)
+            self.average.tensors['calibration'] = calibrate(self.network, held_out,
+                                                            self.recipe.stages[-1])
+        self._averaged(fit)
+
+    def _log(self, loss: float, error: float) -> None:
+        line = {**vars(self.progress), 'loss': round(loss, 4), 'epe': round(error, 3),
+                'lr': self.optimizer.param_groups[0]['lr']}
+        with (self.folder / 'log.jsonl').open('a') as file:
+            file.write(json.dumps(line) + '\n')
+
+
+def schedule(share: float, warmup: float) -> float:
+    """Return the learning rate's factor: a linear rise, then half a cosine down to zero."""
+    if share < warmup:
+        return 0.05 + 0.95 * share / warmup
+    return max(0.002, 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup))))
+
+
+@torch.no_grad()
+def calibrate(network: DipRt, world: World, stage: Stage, *, batches: int = 12) -> Tensor:
+    """Return (a, b) such that sigmoid(a logit(p) + b) is the share of small errors at p.
+
+    A logistic regression of (error under max(3 px, 5 %)) on the logit of the mixture's
+    probability, over scenes that were not trained on.
+    """
+    network.eval()
+    logits, small = [], []
+    for index in range(batches):
+        random = Generator().manual_seed(index)
+        pairs = world.pairs(index, batch=2, size=stage.render)
+        batch = augment(Batch(pairs.image1, pairs.image2, pairs.forward,
+                              pairs.occluded_forward), stage.crop, random)
+        count = 2 + index % 3
+        prior = degraded_prior(batch.flow, random) if index % 3 == 2 else None
+        seen = network.predictions(batch.image1, batch.image2, steps16=0 if index % 3 == 2 else
+                                   count, steps8=count, prior_flow=prior)
+        raw = error_probability(seen.flow, seen.error).clamp(1e-4, 1 - 1e-4)
+        length = torch.linalg.vector_norm(batch.flow, dim=1, keepdim=True)
+        error = torch.linalg.vector_norm(seen.flow - batch.flow, dim=1, keepdim=True)
+        logits.append(torch.logit(raw).flatten()[::17])
+        small.append((error < (0.05 * length).clamp(min=3)).flatten()[::17].double())
+    x, y = torch.cat(logits).double(), torch.cat(small)
+    design = torch.stack([x, torch.ones_like(x)], dim=1)
+    fit = torch.tensor([1.0, 0.0], dtype=torch.double, device=x.device)
+    for _ in range(25):  # Newton's method
+        p = torch.sigmoid(design @ fit)
+        hessian = (design * (p * (1 - p))[:, None]).T @ design
+        ridge = 1e-3 * torch.eye(2, dtype=hessian.dtype, device=x.device)
+        fit = fit + torch.linalg.solve(hessian + ridge, design.T @ (y - p))
+    return fit.float()
+
+
+def _between(low: int, high: int, random: Generator) -> int:
+    return int(torch.randint(low, high + 1, (1,), generator=random))
