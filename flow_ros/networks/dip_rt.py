@@ -335,7 +335,7 @@ def error_probability(flow: Tensor, error: Tensor) -> Tensor:
     error's length is taken as Laplace distributed with the same scale; what that gets wrong,
     the calibration mends.
     """
-    bound = (0.05 * torch.linalg.vector_norm(flow, dim=1, keepdim=True)).clamp(min=3.0)
+    bound = (0.05 * torch.hypot(flow[:, :1], flow[:, 1:])).clamp(min=3.0)
     sharp = torch.sigmoid(error[:, :1])
     wide = torch.exp(error[:, 1:2].clamp(0, 6))
     return 1 - sharp * torch.exp(-bound) - (1 - sharp) * torch.exp(-bound / wide)

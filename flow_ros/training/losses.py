@@ -64,6 +64,6 @@ def _distance(flow: Tensor, truth: Tensor) -> Tensor:
 
 
 def _masked_mean(values: Tensor, truth: Tensor) -> Tensor:
-    length = torch.linalg.vector_norm(truth, dim=1, keepdim=True)
+    length = torch.hypot(truth[:, :1], truth[:, 1:])
     valid = (torch.isfinite(length) & (length < LARGEST_PX)).expand_as(values)
     return torch.where(valid, values, torch.zeros_like(values)).sum() / valid.sum().clamp(min=1)

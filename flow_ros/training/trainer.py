@@ -185,7 +185,8 @@ class Trainer:
                              batch.flow, self.recipe.gamma)
         loss = loss + 0.2 * mixture_of_laplace(flow, error, batch.flow)
         loss = loss + 0.5 * occlusion_loss(seen.occlusion.float(), batch.occlusion)
-        epe = torch.linalg.vector_norm(flow.detach() - batch.flow, dim=1).mean()
+        difference = flow.detach() - batch.flow
+        epe = torch.hypot(difference[:, 0], difference[:, 1]).mean()
         return loss, epe
 
     def save(self) -> None:
@@ -257,8 +258,9 @@ def calibrate(network: DipRt, world: World, stage: Stage, *, batches: int = 12) 
         seen = network.predictions(batch.image1, batch.image2, steps16=0 if index % 3 == 2 else
                                    count, steps8=count, prior_flow=prior)
         raw = error_probability(seen.flow, seen.error).clamp(1e-4, 1 - 1e-4)
-        length = torch.linalg.vector_norm(batch.flow, dim=1, keepdim=True)
-        error = torch.linalg.vector_norm(seen.flow - batch.flow, dim=1, keepdim=True)
+        length = torch.hypot(batch.flow[:, :1], batch.flow[:, 1:])
+        difference = seen.flow - batch.flow
+        error = torch.hypot(difference[:, :1], difference[:, 1:])
         logits.append(torch.logit(raw).flatten()[::17])
         small.append((error < (0.05 * length).clamp(min=3)).flatten()[::17].double())
     x, y = torch.cat(logits).double(), torch.cat(small)
