@@ -33,8 +33,9 @@ FROM_FILE = '; empty: as in the parameters file'
 def choice(name: str) -> DeclareLaunchArgument:
     """Return the argument for the parameter ``name``, with the parameter's own choices."""
     parameter = find(name)
+    text = parameter.description.rstrip('.').replace('`', '')
     return DeclareLaunchArgument(name, default_value='', choices=['', *parameter.choices],
-                                 description=parameter.description.rstrip('.') + FROM_FILE)
+                                 description=text + FROM_FILE)
 
 
 def switch(name: str, description: str) -> DeclareLaunchArgument:
@@ -95,7 +96,7 @@ def nodes(context: LaunchContext) -> list[Action]:
              namespace=given['namespace'], parameters=[given['params_file'], overrides],
              remappings=remappings, additional_env=environment, output='screen',
              emulate_tty=True,
-             ros_arguments=['--log-level', f'flow:={given["log_level"]}'])]
+             ros_arguments=['--log-level', given['log_level']])]
     if given['rviz'] == 'true':
         started.append(
             Node(package='rviz2', executable='rviz2', name='flow_rviz',

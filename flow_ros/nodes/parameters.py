@@ -76,8 +76,8 @@ PARAMETERS: tuple[Parameter, ...] = (
               'path of a file (safetensors, or a published checkpoint).', read_only=True),
     Parameter('runtime', 'auto', 'Where the network runs; `auto` takes the fastest there is.',
               choices=('auto', 'torch', 'openvino', 'tensorrt'), read_only=True),
-    Parameter('precision', 'f32', 'Precision of the arithmetic.', choices=('f32', 'bf16', 'f16'),
-              read_only=True),
+    Parameter('precision', 'f32', '`f32`: results that agree between runtimes; `fast`: whatever '
+              'this machine does fastest.', choices=('f32', 'fast'), read_only=True),
     Parameter('device', '', "Device, in the runtime's own words (`cpu`, `cuda:0`); empty: the "
               "runtime's choice.", read_only=True),
     Parameter('threads', 0, "CPU threads; 0: the runtime's choice.", 0, 1024, 1, read_only=True),

@@ -30,6 +30,8 @@ from rclpy.parameter import Parameter
 
 from flow_ros import networks
 from flow_ros.nodes import parameters as table
+from flow_ros.runtimes.base import PRECISIONS
+from flow_ros.runtimes.factory import RUNTIMES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,8 +56,10 @@ def make_node():
     rclpy.shutdown(context=context)
 
 
-def test_the_networks_of_the_table_are_those_of_the_registry():
+def test_the_choices_of_the_table_are_those_of_the_parts_that_take_them():
     assert set(table.find('network').choices) == set(networks.names())
+    assert set(table.find('runtime').choices) == set(RUNTIMES)
+    assert set(table.find('precision').choices) == set(PRECISIONS)
 
 
 def test_names_are_unique_and_everything_is_described():
