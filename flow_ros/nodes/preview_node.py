@@ -126,7 +126,7 @@ class Recorder:
             self._writer.release()
         moments = self._moments[1:] or self._moments  # the first flow of a stream is cold
         rows = [moments[index] for index in sorted(
-            {round(x) for x in np.linspace(0, len(moments) - 1, ROWS + 2)[1:-1]})]
+            {round(x) for x in np.linspace(0, len(moments) - 1, ROWS)})]
         rows = [row for row in rows if row.shape == rows[-1].shape]
         picture = np.concatenate(rows, axis=0)
         cv2.imwrite(str(self._picture_path), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))

@@ -26,6 +26,7 @@ import time
 import cv2
 from rcl_interfaces.msg import ParameterDescriptor
 import rclpy
+from rclpy.exceptions import InvalidHandle, ParameterException
 from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -113,10 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         node.play()
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
-    except SourceError as error:
+    except (SourceError, ParameterException) as error:
         rclpy.logging.get_logger('source').fatal(str(error))
         return 1
-    except rclpy.exceptions.InvalidHandle:
+    except InvalidHandle:
         pass  # told to end in the middle of a frame
     finally:
         if current_thread() is main_thread():
