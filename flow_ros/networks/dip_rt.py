@@ -335,7 +335,8 @@ def error_probability(flow: Tensor, error: Tensor) -> Tensor:
     error's length is taken as Laplace distributed with the same scale; what that gets wrong,
     the calibration mends.
     """
-    bound = (0.05 * torch.hypot(flow[:, :1], flow[:, 1:])).clamp(min=3.0)
+    # Not torch.hypot, which OpenVINO does not convert.
+    bound = (0.05 * (flow * flow).sum(1, keepdim=True).sqrt()).clamp(min=3.0)
     sharp = torch.sigmoid(error[:, :1])
     wide = torch.exp(error[:, 1:2].clamp(0, 6))
     return 1 - sharp * torch.exp(-bound) - (1 - sharp) * torch.exp(-bound / wide)
