@@ -129,7 +129,7 @@ def network_estimator(network: 'FlowNetwork', *, iterations: int | None = None,
         was_training = network.training
         network.eval()
         try:
-            with torch.inference_mode():
+            with torch.no_grad():  # runtimes trace in here, which inference mode forbids
                 output = estimate_pair(network, to_tensor(image1), to_tensor(image2),
                                        iterations=iterations, call=call)
                 flow = output.flow[0].float().permute(1, 2, 0).cpu().numpy()

@@ -15,6 +15,7 @@
 """flow_ros evaluate, with a real network on real files."""
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 import json
 import math
 from pathlib import Path
@@ -99,6 +100,21 @@ def test_the_numbers_are_those_of_the_network(data: Path, weights: Path,
     assert row['epe'] == pytest.approx(float(epe), rel=1e-4)
 
 
+def test_openvino_gives_the_numbers_of_torch(data: Path, weights: Path, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('openvino')
+    monkeypatch.setenv('FLOW_ROS_CACHE', str(tmp_path / 'cache'))
+    measured = {}
+    for runtime in ('torch', 'openvino'):
+        path = tmp_path / f'{runtime}.json'
+        assert main(['evaluate', '--data', str(data), '--weights', str(weights), '--runtime',
+                     runtime, '--json', str(path)]) == 0
+        content = json.loads(path.read_text())
+        assert content['runtime'] == runtime
+        measured[runtime] = content['means']
+    assert measured['openvino']['epe'] == pytest.approx(measured['torch']['epe'], abs=1e-2)
+
+
 def test_a_damaged_pair_is_said_and_counts_in_the_status(
         data: Path, weights: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_flow(data / 'two' / 'flow.flo', np.zeros((*SIZE, 2)))
@@ -116,6 +132,8 @@ def test_a_damaged_pair_is_said_and_counts_in_the_status(
     (['--data', 'nowhere'], r'expected a folder of pairs; seen nothing'),
     (['--runtime', 'openvino', '--device', 'cpu'], r'--device is for --runtime torch'),
     (['--device', 'warp'], r'--device warp: '),
+    pytest.param(['--runtime', 'tensorrt'], r'--runtime tensorrt: ', marks=pytest.mark.skipif(
+        find_spec('tensorrt') is not None, reason='TensorRT is installed')),
 ])
 def test_refusals(data: Path, weights: Path, capsys: pytest.CaptureFixture[str],
                   extra: list[str], said: str) -> None:
