@@ -22,6 +22,7 @@ import argparse
 from collections import deque
 from collections.abc import Callable, Mapping
 import ctypes
+from dataclasses import replace
 import json
 import os
 from pathlib import Path
@@ -39,6 +40,7 @@ from flow_ros.nodes.status import Status
 
 START_LIMIT_S = 180.0
 QUIET_PERIOD_S = 2.0
+PATIENT_GAP_S = 5.0
 NODES = {'flow': 'flow_ros.nodes.flow_node', 'consumer': 'flow_ros.nodes.consumer_node',
          'preview': 'flow_ros.nodes.preview_node', 'source': 'flow_ros.nodes.source_node'}
 # The source first, so that nothing new comes; the preview has files to finish.
@@ -105,8 +107,10 @@ def node_parameters(options: argparse.Namespace, out: Path) -> dict[str, dict[st
     """Return the parameters of each node, in the order of their start."""
     given = {name: getattr(options, name)
              for name in ('network', 'weights', 'runtime', 'iterations', 'direction')}
+    # On a slow machine the frames that are not dropped are far apart: still show their flow.
+    patient = {} if options.params_file else {'max_gap_s': PATIENT_GAP_S}
     return {
-        'flow': {name: value for name, value in given.items() if value},
+        'flow': {**patient, **{name: value for name, value in given.items() if value}},
         'consumer': {},
         'preview': {'out': str(out), 'window': not options.no_window,
                     'truth': options.source.partition(':')[0] == 'synthetic'},
@@ -125,6 +129,10 @@ def make_environment(base: Mapping[str, str]) -> dict[str, str]:
     profile = find_share() / 'config' / 'fastdds.xml'
     if profile.is_file():
         environment.setdefault('FASTDDS_DEFAULT_PROFILES_FILE', str(profile))
+    if environment.get('ROS_DISTRO') == 'humble':  # which has other names for both
+        environment.setdefault('ROS_LOCALHOST_ONLY', '1')
+        environment.setdefault('FASTRTPS_DEFAULT_PROFILES_FILE',
+                               environment.get('FASTDDS_DEFAULT_PROFILES_FILE', ''))
     environment['PYTHONUNBUFFERED'] = '1'
     return environment
 
@@ -239,6 +247,7 @@ class Stage:
     def __init__(self, *, out: Path, environment: Mapping[str, str], screen: Screen) -> None:
         """Start nothing yet."""
         self.status = Status()
+        self.dropped_at_start = 0
         self._out = out
         self._environment = environment
         self._screen = screen
@@ -247,7 +256,7 @@ class Stage:
         self._asked = False
 
     def start(self, name: str, parameters: Mapping[str, Any], files: list[Path]) -> None:
-        """Start a node with ``parameters``, which go before those of ``files``."""
+        """Start a node with ``parameters``, which win over those of ``files``."""
         own = self._out / 'log' / f'{name}.yaml'
         # JSON is YAML, and its quotes keep a folder called 2026 from becoming a number.
         own.write_text(json.dumps({'/**': {'ros__parameters': dict(parameters)}}, indent=2),
@@ -260,6 +269,10 @@ class Stage:
                 **self._environment, **({} if name == 'flow' else {'OMP_NUM_THREADS': '1'})},
             command=[sys.executable, '-m', NODES[name], '--ros-args', *arguments],
             on_line=lambda line: self._hear(name, line))
+
+    def running_status(self) -> Status:
+        """Return the status without what was dropped before the first flow."""
+        return replace(self.status, dropped=self.status.dropped - self.dropped_at_start)
 
     def ask_to_end(self) -> None:
         """End the run as soon as may be; for signal handlers."""
@@ -282,6 +295,10 @@ class Stage:
             now = time.monotonic()
             if self.status.flow_out and not first_flow:
                 first_flow = now
+                self.dropped_at_start = self.status.dropped
+                if self.dropped_at_start:
+                    self._screen.say(f'{self.dropped_at_start} frames came while the engines '
+                                     f'were made ready for their size, and are not counted below')
             if first_flow and duration_s and now - first_flow >= duration_s:
                 return ''
             if not first_flow and now - begin > START_LIMIT_S:
@@ -289,7 +306,7 @@ class Stage:
                         f'frames in; see the logs in {shown(self._out / "log")}')
             if first_flow:
                 ahead = f' | {self._ahead}' if self._ahead else ''
-                self._screen.status(f'{now - first_flow:.0f} s | {self.status}{ahead}')
+                self._screen.status(f'{now - first_flow:.0f} s | {self.running_status()}{ahead}')
             else:
                 self._screen.status(f'starting, {now - begin:.0f} s, '
                                     f'{self.status.frames_in} frames in')
@@ -315,7 +332,7 @@ class Stage:
 def report(stage: Stage, trouble: str, screen: Screen) -> int:
     """Say how it went; return the exit status."""
     screen.leave()
-    status = stage.status
+    status = stage.running_status()
     if status.flow_out:
         network = f' ({status.network} on {status.runtime})' if status.network else ''
         screen.say(f'{status}{network}')

@@ -184,7 +184,8 @@ class PreviewNode(Node):
     def status(self, saved: Sequence[Path] = ()) -> Status:
         """Return what the stream is doing now."""
         times, now = self._flow_times, time.monotonic()
-        seconds = max(now - times[0], 1e-3) if times else 1.0
+        until = now if not times or now - times[-1] > 2.0 else times[-1]
+        seconds = max(until - times[0], 1e-3) if times else 1.0
         facts = self._facts
         return Status(
             frames_in=max(self._frames_in, int(facts.get('frames_in', 0))),
