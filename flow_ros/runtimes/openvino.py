@@ -1,0 +1,154 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The OpenVINO runtime: each engine function compiled for the CPU, once per input shape."""
+
+from collections import OrderedDict
+import logging
+import os
+from pathlib import Path
+import tempfile
+from typing import Any
+import warnings
+
+import numpy as np
+import openvino
+import torch
+from torch import nn, Tensor
+
+from flow_ros.networks.base import FlowNetwork
+
+_MOST_ENGINES = 32
+"""Of a stream that changes its size again and again, the oldest engines are given up."""
+
+_log = logging.getLogger(__name__)
+
+Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+class OpenVinoRuntime:
+    """Runs engines compiled by OpenVINO on the CPU.
+
+    An engine is compiled when it is first called with a shape (seconds); the compiled model
+    goes to the cache (see ``cache_directory``). Tensors are handed over without a copy where
+    they are contiguous, and every call writes into memory of its own.
+    """
+
+    name = 'openvino'
+
+    def __init__(self, network: FlowNetwork, *, threads: int | None = None,
+                 precision: str = 'f32', reason: str = '') -> None:
+        self.device = torch.device('cpu')
+        self.reason = reason
+        self.network = network.eval().to(self.device)
+        self._core = openvino.Core()
+        self._config: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY'}
+        if precision == 'f32':
+            self._config['INFERENCE_PRECISION_HINT'] = 'f32'
+        if threads is not None:
+            self._config['INFERENCE_NUM_THREADS'] = threads
+        directory = _writable(cache_directory() / 'openvino')
+        if directory is not None:
+            self._config['CACHE_DIR'] = str(directory)
+        self._engines: OrderedDict[tuple[str, Signature], _Engine] = OrderedDict()
+
+    def call(self, engine: str, /, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run one engine, compiling it first where this shape is new."""
+        key = (engine, tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
+        compiled = self._engines.get(key)
+        if compiled is None:
+            compiled = self._engines[key] = self._compile(engine, tensors)
+            if len(self._engines) > _MOST_ENGINES:
+                self._engines.popitem(last=False)
+        self._engines.move_to_end(key)
+        return compiled.run(tensors)
+
+    def _compile(self, engine: str, tensors: tuple[Tensor, ...]) -> '_Engine':
+        # Not in inference mode, which the caller may be in: the tracer needs plain tensors.
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            # Shapes become constants of the trace, of which there is one per shape.
+            warnings.simplefilter('ignore', torch.jit.TracerWarning)
+            warnings.simplefilter('ignore', DeprecationWarning)
+            example = tuple(tensor.clone() for tensor in tensors)
+            traced = torch.jit.trace(_EngineModule(self.network, engine), example,
+                                     check_trace=False)
+            model = openvino.convert_model(traced, example_input=example)
+        if len(model.inputs) != len(tensors):
+            raise RuntimeError(f'OpenVINO kept {len(model.inputs)} of the {len(tensors)} inputs '
+                               f'of {self.network.name} {engine!r}: engines must use all')
+        model.reshape({port: list(tensor.shape)
+                       for port, tensor in zip(model.inputs, tensors)})
+        return _Engine(self._core.compile_model(model, 'CPU', self._config))
+
+
+class _EngineModule(nn.Module):
+    """One engine function as the module that the converter wants."""
+
+    def __init__(self, network: FlowNetwork, engine: str) -> None:
+        super().__init__()
+        self.network = network
+        self.name = engine
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Run the engine function."""
+        return self.network.engine(self.name, *tensors)
+
+
+class _Engine:
+    """A compiled engine and its one request."""
+
+    def __init__(self, compiled: Any) -> None:
+        self._request = compiled.create_infer_request()
+        self._outputs = [(tuple(port.shape), _torch_type(port.element_type.to_dtype()))
+                         for port in compiled.outputs]
+
+    def run(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # New memory for each result: features outlive the call by a frame.
+        outputs = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs)
+        inputs = [tensor.detach().contiguous() for tensor in tensors]  # alive until infer ends
+        for index, tensor in enumerate(inputs):
+            self._request.set_input_tensor(index, _shared(tensor))
+        for index, tensor in enumerate(outputs):
+            self._request.set_output_tensor(index, _shared(tensor))
+        self._request.infer()
+        return outputs
+
+
+def cache_directory() -> Path:
+    """Return $FLOW_ROS_CACHE, else $XDG_CACHE_HOME/flow_ros, else ~/.cache/flow_ros."""
+    if os.environ.get('FLOW_ROS_CACHE'):
+        return Path(os.environ['FLOW_ROS_CACHE']).expanduser()
+    if os.environ.get('XDG_CACHE_HOME'):
+        return Path(os.environ['XDG_CACHE_HOME']).expanduser() / 'flow_ros'
+    return Path.home() / '.cache' / 'flow_ros'
+
+
+def _writable(directory: Path) -> Path | None:
+    """Return ``directory``, made if needed, or None with a warning."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return directory
+    except OSError as error:
+        _log.warning('compiled engines are not kept: cannot write to %s (%s); set '
+                     'FLOW_ROS_CACHE to a folder that can be written', directory, error)
+        return None
+
+
+def _shared(tensor: Tensor) -> Any:
+    return openvino.Tensor(tensor.numpy(), shared_memory=True)
+
+
+def _torch_type(dtype: Any) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype=dtype)).dtype

@@ -1,0 +1,369 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The estimator: frames of one stream in, flow out."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+import math
+from pathlib import Path
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+import torch
+from torch import Tensor
+
+from flow_ros.networks import create
+from flow_ros.networks.base import Features, FlowNetwork, FlowOutput, Step
+from flow_ros.runtimes import create_runtime, Runtime
+from flow_ros.streaming.budget import Budget
+from flow_ros.streaming.occlusion import check_consistency
+from flow_ros.streaming.result import FlowResult
+from flow_ros.streaming.scene_cut import explains, small_grey
+from flow_ros.streaming.stopwatch import Stopwatch
+from flow_ros.streaming.warm_start import carry, FlowSamples, sample_flow
+
+DIRECTIONS: tuple[str, ...] = ('forward', 'backward', 'both')
+OUTPUTS: frozenset[str] = frozenset({'flow', 'confidence', 'occlusion'})
+
+_REVERSE: Mapping[str, str] = {'forward': 'backward', 'backward': 'forward'}
+_OCCLUDED = 0.5
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """What is kept of a frame for the next pair."""
+
+    stamp: float
+    features: Features
+    small: Tensor  # grey, for scene_cut
+
+
+@dataclass(frozen=True)
+class _Past:
+    """The flow of the last pair in one direction."""
+
+    samples: FlowSamples
+    dt_s: float
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """One direction of one pair, on the device."""
+
+    output: FlowOutput
+    steps: tuple[Step, ...]
+    warm: bool
+    cold_reason: str
+
+
+class FlowEstimator:
+    """Optical flow of one stream of frames, one object per stream.
+
+    Call it with each frame, RGB uint8 (H, W, 3), and its stamp in seconds. It returns None
+    where there is no pair: for the first frame; when the stamp goes back, after more than
+    ``max_gap_s`` and when the size changes, where it starts again from this frame; and for a
+    frame with the stamp of the one before, a duplicate, which is left out and changes nothing.
+    ``none_reason`` then says which ('first', 'stamp went back', 'gap', 'size changed',
+    'duplicate stamp'). Bad input raises ValueError and changes nothing either.
+
+    ``network`` is a name, with ``weights`` as ``networks.create`` takes them, or a network;
+    ``runtime`` a name as ``create_runtime`` takes it, with ``device``, ``threads`` and
+    ``precision``, or a runtime, whose network is then the one used. ``budget``, ``direction``,
+    ``warm_start``, ``max_gap_s`` and ``outputs`` may be changed at any time from any thread;
+    the frame being worked on is not affected. ``outputs`` of 'flow', 'confidence' and
+    'occlusion' are those computed: networks that know no confidence or occlusion need the
+    flow of the other direction for them, which doubles the steps.
+
+    Each frame is encoded once. The flow is carried to the next pair (``warm_start``), but for
+    one that does not explain the frames it leads between: after a scene cut the start is cold.
+    """
+
+    def __init__(self, *, network: str | FlowNetwork = 'dip_rt',
+                 weights: str | Path | None = 'default', runtime: str | Runtime = 'auto',
+                 budget: Budget = Budget(), direction: str = 'forward',
+                 device: str | torch.device | None = None, warm_start: bool = True,
+                 max_gap_s: float = 0.5, outputs: Iterable[str] = OUTPUTS,
+                 threads: int | None = None, precision: str = 'f32') -> None:
+        self.budget = budget
+        self.direction = direction
+        self.warm_start = warm_start
+        self.max_gap_s = max_gap_s
+        self.outputs = outputs
+        if isinstance(runtime, str):
+            if isinstance(network, str):
+                network = create(network, weights)
+            runtime = create_runtime(runtime, network, device=device, threads=threads,
+                                     precision=precision)
+        self.runtime = runtime
+        self.none_reason = ''
+        self._lock = threading.Lock()
+        self._restart('first')
+
+    @property
+    def network(self) -> FlowNetwork:
+        """The network that is run."""
+        return self.runtime.network
+
+    @property
+    def budget(self) -> Budget:
+        """How much work one pair may cost."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, budget: Budget) -> None:
+        if not isinstance(budget, Budget):
+            raise ValueError(f'budget must be a Budget; seen {budget!r}: use '
+                             f'Budget(iterations=...)')
+        self._budget = budget
+
+    @property
+    def direction(self) -> str:
+        """One of 'forward', 'backward' and 'both'."""
+        return self._direction
+
+    @direction.setter
+    def direction(self, direction: str) -> None:
+        if direction not in DIRECTIONS:
+            raise ValueError(f'direction must be one of {", ".join(DIRECTIONS)}; seen '
+                             f'{direction!r}')
+        self._direction = direction
+
+    @property
+    def max_gap_s(self) -> float:
+        """The longest time between two frames of a pair."""
+        return self._max_gap_s
+
+    @max_gap_s.setter
+    def max_gap_s(self, seconds: float) -> None:
+        if not seconds > 0:
+            raise ValueError(f'max_gap_s must be positive; seen {seconds}')
+        self._max_gap_s = seconds
+
+    @property
+    def outputs(self) -> frozenset[str]:
+        """What is computed; flow always is."""
+        return self._outputs
+
+    @outputs.setter
+    def outputs(self, outputs: Iterable[str]) -> None:
+        asked = frozenset([outputs] if isinstance(outputs, str) else outputs)
+        if not asked <= OUTPUTS:
+            raise ValueError(f'outputs must be of {", ".join(sorted(OUTPUTS))}; seen '
+                             f'{", ".join(sorted(asked - OUTPUTS))}')
+        self._outputs = asked | {'flow'}
+
+    def reset(self) -> None:
+        """Forget the stream; the next frame is its first."""
+        with self._lock:
+            self._restart('first')
+
+    def prepare(self, height: int, width: int) -> None:
+        """Run each engine once at this size, so that no frame waits for a compilation.
+
+        The stream is not touched. Takes seconds where engines are compiled.
+        """
+        image = torch.zeros(1, 3, height, width, device=self.runtime.device)
+        # Between a cold start and one with a moderate prior, networks visit all their levels.
+        prior = torch.full((1, 2, height, width), 40.0, device=self.runtime.device)
+        call = self.runtime.call
+        with self._lock, torch.inference_mode():
+            features = self.network.encode(image, call=call)
+            for prior_flow in (None, prior):
+                state = self.network.start(features, features, prior_flow=prior_flow,
+                                           iterations=1, call=call)
+                while state.schedule:
+                    state = self.network.step(state, call=call)
+                self.network.finish(state, call=call)
+
+    def __call__(self, frame: NDArray[np.uint8], stamp: float) -> FlowResult | None:
+        """Return the flow between the last frame and this one, or None; see the class."""
+        check_frame(frame)
+        if not math.isfinite(stamp):
+            raise ValueError(f'stamp must be finite, in seconds; seen {stamp}')
+        with self._lock, torch.inference_mode():
+            return self._next(frame, float(stamp))
+
+    def _restart(self, reason: str) -> None:
+        self._previous: _Frame | None = None
+        # None is a direction whose flow did not explain its frames.
+        self._past: dict[str, _Past | None] = {}
+        self._cold_reason = reason
+
+    def _next(self, frame: NDArray[np.uint8], stamp: float) -> FlowResult | None:
+        self.none_reason = self._why_none(frame.shape[:2], stamp)
+        if self.none_reason == 'duplicate stamp':
+            return None
+        if self.none_reason:
+            self._restart(self.none_reason)
+        watch = Stopwatch(self.runtime.device)
+        image = self._upload(frame)
+        new = _Frame(stamp=stamp, small=small_grey(image),
+                     features=self.network.encode(image, call=self.runtime.call))
+        watch.lap('encode')
+        if self._previous is None:
+            self._previous = new
+            return None
+        # The stream moves on only after all has gone well.
+        result, past = self._pair(self._previous, new, watch)
+        self._previous, self._past = new, past
+        return result
+
+    def _why_none(self, size: tuple[int, ...], stamp: float) -> str:
+        """Return why this frame makes no pair with the last one, '' where it does."""
+        previous = self._previous
+        if previous is None:
+            # After a restart that raised, its reason still stands.
+            return self._cold_reason
+        if tuple(size) != previous.features.size:
+            return 'size changed'
+        if stamp == previous.stamp:
+            return 'duplicate stamp'
+        if stamp < previous.stamp:
+            return 'stamp went back'
+        return 'gap' if stamp - previous.stamp > self._max_gap_s else ''
+
+    def _upload(self, frame: NDArray[np.uint8]) -> Tensor:
+        """Return the frame as (1, 3, H, W) float on the device; it travels as bytes."""
+        if not frame.flags.writeable or any(stride < 0 for stride in frame.strides):
+            frame = frame.copy()  # torch takes neither
+        image = torch.from_numpy(frame).to(self.runtime.device).permute(2, 0, 1)[None]
+        return image.to(torch.float32, memory_format=torch.contiguous_format)
+
+    def _pair(self, old: _Frame, new: _Frame,
+              watch: Stopwatch) -> tuple[FlowResult, dict[str, _Past | None]]:
+        """Return the result of a pair, and what the next pair starts from."""
+        budget, outputs, direction = self._budget, self._outputs, self._direction
+        warm_start = self.warm_start
+        asked = ('forward', 'backward') if direction == 'both' else (direction,)
+        estimates = {way: self._estimate(way, old, new, budget, warm_start, watch)
+                     for way in asked}
+        if len(asked) == 1 and _lacks(estimates[direction].output, outputs):
+            way = _REVERSE[direction]
+            estimates[way] = self._estimate(way, old, new, budget, warm_start,
+                                            Stopwatch(self.runtime.device))
+            watch.lap('check')
+        completed = _complete(estimates, outputs)
+        past: dict[str, _Past | None] = {}
+        for way, estimate in completed.items():
+            flow, (a, b) = estimate.output.flow, _ends(way, old, new)
+            past[way] = None
+            if explains(flow, a.small, b.small):
+                samples = sample_flow(flow, cell=min(step.level for step in estimate.steps),
+                                      confidence=estimate.output.confidence,
+                                      occlusion=estimate.output.occlusion)
+                past[way] = _Past(samples=samples, dt_s=new.stamp - old.stamp)
+        results = [self._result(way, completed[way], estimates[way].output, outputs, old, new)
+                   for way in asked]
+        watch.lap('output')
+        timings = watch.milliseconds()
+        backward = replace(results[1], timings_ms=dict(timings)) if len(results) == 2 else None
+        return replace(results[0], timings_ms=timings, backward=backward), past
+
+    def _estimate(self, direction: str, old: _Frame, new: _Frame, budget: Budget,
+                  warm_start: bool, watch: Stopwatch) -> _Estimate:
+        a, b = _ends(direction, old, new)
+        prior, cold_reason = None, 'warm start off'
+        if warm_start:
+            prior, cold_reason = self._prior(direction, a, b)
+            watch.lap('warm_start')
+        network, call = self.network, self.runtime.call
+        state = network.start(a.features, b.features, prior_flow=prior,
+                              iterations=budget.iterations, call=call)
+        while state.schedule:
+            state = network.step(state, call=call)
+        watch.lap('steps')
+        output = network.finish(state, call=call)
+        watch.lap('finish')
+        return _Estimate(output=output, steps=state.done, warm=state.warm,
+                         cold_reason='' if state.warm else cold_reason)
+
+    def _prior(self, direction: str, a: _Frame, b: _Frame) -> tuple[Tensor | None, str]:
+        """Return the prior flow from a to b, or None and why there is none."""
+        if direction not in self._past:
+            return None, 'direction changed' if self._past else self._cold_reason
+        past = self._past[direction]
+        if past is None:
+            return None, 'scene cut'
+        prior = carry(past.samples, direction=direction,
+                      time_ratio=abs(b.stamp - a.stamp) / past.dt_s)
+        if not explains(prior, a.small, b.small):
+            return None, 'scene cut'
+        return prior, ''
+
+    def _result(self, direction: str, estimate: _Estimate, raw: FlowOutput,
+                outputs: frozenset[str], old: _Frame, new: _Frame) -> FlowResult:
+        output = estimate.output
+        confidence = occlusion = probability = None
+        if 'confidence' in outputs and output.confidence is not None:
+            confidence = _array(output.confidence[0, 0].float())
+        if 'occlusion' in outputs and output.occlusion is not None:
+            mask = (output.occlusion[0, 0] >= _OCCLUDED).to(torch.uint8) * 255
+            occlusion = _array(mask)
+            if raw.occlusion is not None:
+                probability = _array(raw.occlusion[0, 0].float())
+        flow: Any = _array(output.flow[0].float().permute(1, 2, 0))
+        return FlowResult(flow=flow, confidence=confidence, occlusion=occlusion,
+                          occlusion_probability=probability, steps=estimate.steps,
+                          iterations=len(estimate.steps), warm=estimate.warm,
+                          cold_reason=estimate.cold_reason, direction=direction,
+                          stamp_previous=old.stamp, stamp=new.stamp,
+                          dt_s=new.stamp - old.stamp, timings_ms={})
+
+
+def check_frame(frame: NDArray[np.uint8]) -> None:
+    """Raise ValueError unless ``frame`` is RGB uint8 (H, W, 3) with pixels in it."""
+    if not isinstance(frame, np.ndarray):
+        raise ValueError(f'frame must be a numpy array, RGB uint8 (H, W, 3); seen '
+                         f'{type(frame).__name__}')
+    if frame.ndim != 3 or frame.shape[2] != 3:
+        raise ValueError(f'frame must be RGB (H, W, 3); seen shape {frame.shape}: convert grey '
+                         f'or alpha images first')
+    if 0 in frame.shape:
+        raise ValueError(f'frame must have pixels; seen {frame.shape[1]}x{frame.shape[0]}')
+    if frame.dtype != np.uint8:
+        raise ValueError(f'frame must be uint8, 0..255; seen {frame.dtype}: scale and convert '
+                         f'it first')
+
+
+def _ends(direction: str, old: _Frame, new: _Frame) -> tuple[_Frame, _Frame]:
+    """Return the frame on whose grid the flow is, and the frame it leads to."""
+    return (old, new) if direction == 'forward' else (new, old)
+
+
+def _lacks(output: FlowOutput, outputs: frozenset[str]) -> bool:
+    return (('confidence' in outputs and output.confidence is None)
+            or ('occlusion' in outputs and output.occlusion is None))
+
+
+def _complete(estimates: dict[str, _Estimate],
+              outputs: frozenset[str]) -> dict[str, _Estimate]:
+    """Add what the networks do not know and the two directions together tell."""
+    completed = {}
+    for way, estimate in estimates.items():
+        output = estimate.output
+        if len(estimates) == 2 and _lacks(output, outputs):
+            checked = check_consistency(output.flow, estimates[_REVERSE[way]].output.flow)
+            if output.confidence is None:
+                output = replace(output, confidence=checked.confidence)
+            if output.occlusion is None:
+                output = replace(output, occlusion=checked.occluded.float())
+        completed[way] = replace(estimate, output=output)
+    return completed
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.contiguous().cpu().numpy()
