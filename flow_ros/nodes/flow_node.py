@@ -21,7 +21,6 @@ previous frame, whose pixels it moves, backward flow that of the frame itself.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 import signal
 from threading import current_thread, main_thread, Thread
 import time
@@ -36,11 +35,11 @@ from rclpy.logging import get_logger
 from rclpy.node import Node
 from rclpy.qos import ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, Image
-from std_msgs.msg import Header
 
 from flow_ros.environment import complete
 from flow_ros.networks import WeightsError
 from flow_ros.nodes.complaints import Complaints
+from flow_ros.nodes.frames import Arrival, Frame, why_no_flow
 from flow_ros.nodes.image_input import ImageInput
 from flow_ros.nodes.mailbox import Mailbox
 from flow_ros.nodes.messages import image_to_rgb, MessageError
@@ -52,44 +51,6 @@ from flow_ros.runtimes import RuntimeUnavailable
 from flow_ros.streaming import Budget, FlowEstimator, FlowResult
 
 LOOK_PERIOD_S = 0.5
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A message and when it came (``time.perf_counter``)."""
-
-    message: Image
-    came: float
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The header and size (width, height) of a frame given to the estimator."""
-
-    header: Header
-    size: tuple[int, int]
-
-    @property
-    def stamp(self) -> float:
-        """The stamp in seconds."""
-        return float(self.header.stamp.sec + 1e-9 * self.header.stamp.nanosec)
-
-
-def restart_reason(previous: Frame, frame: Frame, max_gap_s: float) -> tuple[str, str]:
-    """Return (kind, text) of why two frames are no pair; two empty texts where they are one."""
-    gap = frame.stamp - previous.stamp
-    if gap <= 0.0:
-        return 'stamp', (f'the stamp went from {previous.stamp:.6f} to {frame.stamp:.6f} s; '
-                         f'expected a later one (a bag that loops, two publishers, or a driver '
-                         f'that does not stamp?): the stream starts again')
-    if frame.size != previous.size:
-        return 'size', (f'the size went from {previous.size[0]}x{previous.size[1]} to '
-                        f'{frame.size[0]}x{frame.size[1]} px: the stream starts again')
-    if gap > max_gap_s:
-        return 'gap', (f'the frames are {gap:.3f} s apart, more than max_gap_s ({max_gap_s:g} '
-                       f's): the stream starts again; raise max_gap_s if the camera or this '
-                       f'machine is that slow')
-    return '', ''
 
 
 class FlowNode(Node):
@@ -113,7 +74,8 @@ class FlowNode(Node):
         self._mailbox: Mailbox[Arrival] = Mailbox()
         self._previous: Frame | None = None
         self._camera_info: CameraInfo | None = None
-        self._flow_out = self._starts = self._skipped = self._bad = 0
+        self._flow_out = self._starts = self._skipped = self._bad = self._stale = 0
+        self._prepared: set[tuple[int, int]] = set()
         self._latency_ms = 0.0
         self._said = (time.monotonic(), 0)
         self._forward = FlowTopics(node=self)
@@ -166,8 +128,8 @@ class FlowNode(Node):
         the first of a stream, nobody subscribed. ``lost`` are those the middleware lost.
         """
         return {'frames_in': self._images.received, 'flow_out': self._flow_out,
-                'dropped': self._mailbox.dropped, 'bad': self._bad, 'starts': self._starts,
-                'skipped': self._skipped, 'lost': self._images.lost}
+                'dropped': self._mailbox.dropped + self._stale, 'bad': self._bad,
+                'starts': self._starts, 'skipped': self._skipped, 'lost': self._images.lost}
 
     def _work(self) -> None:
         while (arrival := self._mailbox.take()) is not None:
@@ -206,22 +168,44 @@ class FlowNode(Node):
             return
         pixels = image_to_rgb(arrival.message, mono16_white=values['mono16_white'])
         frame = Frame(arrival.message.header, (pixels.shape[1], pixels.shape[0]))
+        if not self._prepare(frame):
+            self._stale += 1
+            return
         previous = self._previous
-        if previous is not None:
-            kind, reason = restart_reason(previous, frame, values['max_gap_s'])
-            if kind:
-                self._complain(kind, reason)
         self._set_up(values, needed_outputs(topics | backward))
         result = self._estimator(pixels, frame.stamp)
+        if result is None:
+            self._refuse(self._estimator.none_reason, frame, values['max_gap_s'])
+            return
         self._previous = frame
-        if result is None or previous is None:
-            self._starts += 1
+        if previous is None:
             return
         self._flow_out += 1
         self._publish(self._forward, result, previous, frame, topics, arrival, values)
         if result.backward is not None and self._backward is not None:
             self._publish(self._backward, result.backward, previous, frame, backward, arrival,
                           values)
+
+    def _prepare(self, frame: Frame) -> bool:
+        """Compile for a new size; False where a newer frame came meanwhile: do that one."""
+        if frame.size in self._prepared:
+            return True
+        start = time.perf_counter()
+        self._estimator.prepare(frame.size[1], frame.size[0])
+        self._prepared.add(frame.size)
+        self.get_logger().info(f'prepared for {frame.size[0]}x{frame.size[1]} px in '
+                               f'{time.perf_counter() - start:.1f} s')
+        return not self._mailbox.waiting
+
+    def _refuse(self, reason: str, frame: Frame, max_gap_s: float) -> None:
+        """Count and name a frame that makes no pair with the last one."""
+        if self._previous is not None:
+            self._complain(reason, why_no_flow(reason, self._previous, frame, max_gap_s))
+        if reason == 'duplicate stamp':
+            self._bad += 1
+            return
+        self._starts += 1
+        self._previous = frame
 
     def _set_up(self, values: dict[str, Any], outputs: frozenset[str]) -> None:
         """Give the estimator the parameters as they are now, between two frames."""

@@ -39,6 +39,12 @@ class Mailbox(Generic[Item]):
         with self._changed:
             return self._dropped
 
+    @property
+    def waiting(self) -> bool:
+        """Whether an item waits."""
+        with self._changed:
+            return self._item is not None
+
     def put(self, item: Item) -> None:
         """Leave ``item`` for the worker; never waits."""
         with self._changed:

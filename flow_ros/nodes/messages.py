@@ -195,7 +195,7 @@ def to_image(pixels: NDArray[Any], header: Header, *, encoding: str = '') -> Ima
     message.step = native.strides[0] if native.size else 0
     # An array.array is taken as it is; assigning bytes is checked byte by byte: 100 ms.
     data = array('B')
-    data.frombytes(memoryview(native.reshape(-1).view(np.uint8)))
+    data.frombytes(native.reshape(-1).view(np.uint8).data)
     message.data = data
     return message
 

@@ -24,7 +24,9 @@ def test_the_newest_item_is_taken_and_the_others_are_counted():
     mailbox = Mailbox()
     for item in (1, 2, 3):
         mailbox.put(item)
+    assert mailbox.waiting
     assert mailbox.take() == 3
+    assert not mailbox.waiting
     assert mailbox.dropped == 2
     mailbox.put(4)
     assert mailbox.take() == 4
