@@ -24,6 +24,8 @@ import warnings
 
 import numpy as np
 import openvino
+from openvino.frontend import FrontEndManager
+from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 import torch
 from torch import nn, Tensor
 
@@ -83,12 +85,17 @@ class OpenVinoRuntime:
             example = tuple(tensor.clone() for tensor in tensors)
             traced = torch.jit.trace(_EngineModule(self.network, engine), example,
                                      check_trace=False)
-            model = openvino.convert_model(traced, example_input=example)
-        if len(model.inputs) != len(tensors):
-            raise RuntimeError(f'OpenVINO kept {len(model.inputs)} of the {len(tensors)} inputs '
-                               f'of {self.network.name} {engine!r}: engines must use all')
+            # Not openvino.convert_model: it sends usage statistics over the network, and takes
+            # four times as long.
+            frontend = FrontEndManager().load_by_framework('pytorch')
+            decoder = TorchScriptPythonDecoder(traced, example_input=example)
+            model = frontend.convert(frontend.load(decoder))
         model.reshape({port: list(tensor.shape)
                        for port, tensor in zip(model.inputs, tensors)})
+        if any(_source(port) == 'Parameter' for port in model.outputs):
+            # OpenVINO lets such an output overwrite the input.
+            raise RuntimeError(f'{self.network.name} {engine!r} returns one of its inputs: leave '
+                               f'it out, the caller has it')
         return _Engine(self._core.compile_model(model, 'CPU', self._config))
 
 
@@ -144,6 +151,11 @@ def _writable(directory: Path) -> Path | None:
         _log.warning('compiled engines are not kept: cannot write to %s (%s); set '
                      'FLOW_ROS_CACHE to a folder that can be written', directory, error)
         return None
+
+
+def _source(output: Any) -> str:
+    """Return the type of the node that computes a model's output."""
+    return output.get_node().input(0).get_source_output().get_node().get_type_name()
 
 
 def _shared(tensor: Tensor) -> Any:
