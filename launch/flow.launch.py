@@ -24,6 +24,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
 from flow_ros.nodes.parameters import find
+from flow_ros.nodes.process import profile_variable
 
 SHARE = Path(get_package_share_directory('flow_ros'))
 
@@ -87,9 +88,7 @@ def nodes(context: LaunchContext) -> list[Action]:
             raise ValueError(f'budget is {given["budget"]!r}; expected a number of iterations '
                              f'per level, such as budget:=2') from None
     remappings = [('image', given['image']), ('camera_info', given['camera_info'])]
-    profile = str(SHARE / 'config' / 'fastdds.xml')
-    environment = ({'FASTDDS_DEFAULT_PROFILES_FILE': profile,
-                    'FASTRTPS_DEFAULT_PROFILES_FILE': profile}  # the name in Humble
+    environment = ({profile_variable(): str(SHARE / 'config' / 'fastdds.xml')}
                    if given['fastdds_profile'] == 'true' else {})
     started: list[Action] = [
         Node(package='flow_ros', executable='flow_node', name='flow',

@@ -70,7 +70,7 @@ class ImageInput:
             self._warnings += 1
             self._node.get_logger().warning(no_image_report(
                 self.resolved_topic, silence, publishers, wanted,
-                dict(self._node.get_topic_names_and_types())))
+                self._other_topics()))
 
     def close(self) -> None:
         """Unsubscribe."""
@@ -80,6 +80,12 @@ class ImageInput:
 
     def _publishers(self) -> list[TopicEndpointInfo]:
         return list(self._node.get_publishers_info_by_topic(self._topic))
+
+    def _other_topics(self) -> dict[str, list[str]]:
+        """Return the topics known and their types, without this node's own outputs."""
+        own = f'{self._node.get_fully_qualified_name()}/'
+        return {name: list(types) for name, types in self._node.get_topic_names_and_types()
+                if not name.startswith(own)}
 
     def _subscribe(self, reliability: ReliabilityPolicy) -> None:
         again = self._subscription is not None

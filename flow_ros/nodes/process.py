@@ -12,9 +12,11 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a node tunes in its own process."""
+"""What a node tunes in its own process, or is given by the process that starts it."""
 
+from collections.abc import Mapping
 import ctypes
+import os
 import platform
 
 _M_TRIM_THRESHOLD = -1
@@ -32,3 +34,12 @@ def tune_malloc(*, mmap_threshold: int = 32 << 20, trim_threshold: int = 512 << 
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
                 and mallopt(_M_TRIM_THRESHOLD, trim_threshold))
+
+
+def profile_variable(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the environment variable that gives Fast DDS a profile, in this ROS distribution.
+
+    Only one of the two may be set: newer ones read both, and refuse the same profile twice.
+    """
+    old = environment.get('ROS_DISTRO', '') in ('humble', 'iron', 'jazzy')  # Fast DDS 2
+    return 'FASTRTPS_DEFAULT_PROFILES_FILE' if old else 'FASTDDS_DEFAULT_PROFILES_FILE'

@@ -19,6 +19,8 @@ from collections.abc import Mapping, Sequence
 from rclpy.qos import DurabilityPolicy, HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.topic_endpoint_info import TopicEndpointInfo
 
+from flow_ros.nodes.process import profile_variable
+
 IMAGE_TYPE = 'sensor_msgs/msg/Image'
 
 
@@ -79,10 +81,9 @@ def no_image_report(topic: str, seconds: float, publishers: Sequence[TopicEndpoi
     if publishers:
         lines = [describe_publisher(publisher, reliability) for publisher in publishers]
         if any(matches(publisher, reliability) for publisher in publishers):
-            lines.append('a publisher that matches and sends nothing: is it running, and is its '
-                         'clock? Large best-effort images are lost by default Fast DDS: start the '
-                         'camera driver with FASTDDS_DEFAULT_PROFILES_FILE=<share of '
-                         'flow_ros>/config/fastdds.xml')
+            lines.append(f'a publisher matches and nothing comes: does it run? Large best-effort '
+                         f'images are lost by default Fast DDS: start the camera driver with '
+                         f'{profile_variable()}=<share of flow_ros>/config/fastdds.xml')
         return '; '.join([f'{start}; publishers found: {len(publishers)}', *lines])
     others = sorted(name for name, types in topics.items() if IMAGE_TYPE in types
                     and name != topic)

@@ -21,6 +21,8 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import yaml
 
+from flow_ros.nodes.process import profile_variable
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -71,6 +73,14 @@ def test_rviz_shows_the_topics_of_the_node_relative_to_its_namespace():
         'Visualization Manager']['Displays']
     assert [display['Topic']['Value'] for display in displays] == [
         'image', 'flow/flow_color', 'flow/confidence_mono', 'flow/occlusion']
+
+
+@pytest.mark.parametrize(('distro', 'name'), [
+    ('humble', 'FASTRTPS_DEFAULT_PROFILES_FILE'), ('jazzy', 'FASTRTPS_DEFAULT_PROFILES_FILE'),
+    ('kilted', 'FASTDDS_DEFAULT_PROFILES_FILE'), ('lyrical', 'FASTDDS_DEFAULT_PROFILES_FILE'),
+    ('', 'FASTDDS_DEFAULT_PROFILES_FILE')])
+def test_the_variable_for_the_profile_is_that_of_the_distribution(distro, name):
+    assert profile_variable({'ROS_DISTRO': distro}) == name
 
 
 def test_the_profiles_messages_fit_its_segment():
