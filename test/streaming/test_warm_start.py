@@ -115,8 +115,8 @@ def test_an_object_is_carried_to_where_it_will_be(direction, cell):
     clear = (near == 1) & ~uncovered
     assert clear.float().mean() > 0.6
     assert not wrong[clear].any()
-    # Holes are filled with more background than object (28.8 px).
-    assert prior[0].norm(dim=0)[uncovered].mean() < 28.8 / 2
+    # Of the object (28.8 px) holes get less than a plain mean of their rims would give.
+    assert prior[0].norm(dim=0)[uncovered].mean() < 11.5
 
 
 def test_time_ratio_scales_values_and_the_backward_way():
