@@ -61,11 +61,13 @@ class Predictions:
     """What training sees of one pass.
 
     ``levels``: after every propagation and search (level, flow (B, 2, H/l, W/l) in level px).
+    ``matches``: for every search (level, costs (B, (2r+1)^2, H/l, W/l), the flow before it).
     ``flow`` (B, 2, H, W) px; ``error`` (B, 2, H, W): the logit of the sharp component and the
     log scale of the wide one; ``occlusion`` (B, 1, H, W): logit. Padded grid.
     """
 
     levels: list[tuple[int, Tensor]]
+    matches: list[tuple[int, Tensor, Tensor]]
     flow: Tensor
     error: Tensor
     occlusion: Tensor
@@ -263,19 +265,18 @@ class DipRt(FlowNetwork):
         costs = inverse_propagation(match_a, match_b, flow) * self.config.match ** 0.5
         return flow + self.propagation(hidden, costs, flow)
 
-    def search_step(self, match_a: Tensor, match_b: Tensor, context: Tensor, hidden: Tensor,
-                    flow: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the hidden state and the flow after the local search."""
+    def search_costs(self, match_a: Tensor, match_b: Tensor, flow: Tensor) -> Tensor:
+        """Return the costs (B, (2r+1)**2, H, W) of the local search about ``flow``."""
         warped = warp(match_b, flow)
-        costs = local_search(match_a, warped, self.config.radius) * self.config.match ** 0.5
-        hidden, change = self.search(hidden, context, costs, flow)
-        return hidden, flow + change
+        return local_search(match_a, warped, self.config.radius) * self.config.match ** 0.5
 
     def step_engine(self, match_a: Tensor, match_b: Tensor, context: Tensor, hidden: Tensor,
                     flow: Tensor) -> tuple[Tensor, Tensor]:
         """One iteration: (hidden, flow) -> (hidden, flow), level px."""
         flow = self.propagate(match_a, match_b, hidden, flow)
-        return self.search_step(match_a, match_b, context, hidden, flow)
+        costs = self.search_costs(match_a, match_b, flow)
+        hidden, change = self.search(hidden, context, costs, flow)
+        return hidden, flow + change
 
     def upsample(self, hidden: Tensor, flow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return flow (B, 2, 8H, 8W) px, error parameters (B, 2, ...), occlusion logit."""
@@ -302,6 +303,7 @@ class DipRt(FlowNetwork):
         batch = image1.shape[0]
         tensors = self.encoder(torch.cat([image1, image2]))
         levels: list[tuple[int, Tensor]] = []
+        matches: list[tuple[int, Tensor, Tensor]] = []
         coarsest = 16 if steps16 else 8
         size = (image1.shape[-2] // coarsest, image1.shape[-1] // coarsest)
         if prior_flow is None:
@@ -320,11 +322,15 @@ class DipRt(FlowNetwork):
                 flow = self.propagate(match_a.detach(), match_b.detach(), hidden,
                                       flow.detach())
                 levels.append((level, flow))
-                hidden, flow = self.search_step(match_a, match_b, context, hidden,
-                                                flow.detach())
+                flow = flow.detach()
+                costs = self.search_costs(match_a, match_b, flow)
+                matches.append((level, costs, flow))
+                hidden, change = self.search(hidden, context, costs, flow)
+                flow = flow + change
                 levels.append((level, flow))
         fine, error, occlusion = self.upsample(hidden, flow)
-        return Predictions(levels=levels, flow=fine, error=error, occlusion=occlusion)
+        return Predictions(levels=levels, matches=matches, flow=fine, error=error,
+                           occlusion=occlusion)
 
 
 def error_probability(flow: Tensor, error: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ moves and turns among ground, walls, a far backdrop and boxes, some moving by th
 same seed gives the same scenes on the same kind of device.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,11 +80,14 @@ class World:
             self.bank = make_bank(self.seed, surfaces=self.config.surfaces,
                                   objects=self.config.bank_objects)
 
-    def scene(self, index: int, *, batch: int, size: tuple[int, int], frames: int = 2) -> Scene:
+    def scene(self, index: int, *, batch: int, size: tuple[int, int], frames: int = 2,
+              largest_motion_px: float | None = None) -> Scene:
         """Return batch ``index`` of scenes for images of ``size`` (H, W) px."""
         assert self.bank is not None
         random = np.random.default_rng([self.seed, index])
         config = self.config
+        if largest_motion_px is not None:
+            config = replace(config, largest_motion_px=largest_motion_px)
         count = int(random.integers(config.objects[0], config.objects[1] + 1))
         driving = random.random() < config.driving
         unbounded = 4 if driving else 1
@@ -101,9 +104,10 @@ class World:
                      texture=self._tensor(np.stack([layer[1] for layer in layers])),
                      fade=self._tensor(np.stack([layer[2] for layer in layers])), waves=waves)
 
-    def pairs(self, index: int, *, batch: int, size: tuple[int, int]) -> Pairs:
+    def pairs(self, index: int, *, batch: int, size: tuple[int, int],
+              largest_motion_px: float | None = None) -> Pairs:
         """Render batch ``index`` of two-frame scenes with both flows and occlusions."""
-        scene = self.scene(index, batch=batch, size=size)
+        scene = self.scene(index, batch=batch, size=size, largest_motion_px=largest_motion_px)
         first, second = render(scene, 0, size), render(scene, 1, size)
         forward = flow_between(scene, first.layer, 0, 1)
         backward = flow_between(scene, second.layer, 1, 0)

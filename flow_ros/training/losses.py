@@ -37,6 +37,33 @@ def sequence_loss(levels: list[tuple[int, Tensor]], final: Tensor, truth: Tensor
     return loss
 
 
+def matching_loss(matches: list[tuple[int, Tensor, Tensor]], truth: Tensor,
+                  occlusion: Tensor, radius: int) -> Tensor:
+    """Return the cross entropy of the search's costs against the true displacement.
+
+    HD3's match density (its section 3.1) with a target of one bin: the softmax over the
+    (2r+1)^2 costs should peak where the truth minus the flow so far, level px, rounds to.
+    It teaches the features to match before the updates can read them: without it DIP-RT
+    stayed at zero flow for its first thousands of pairs. Pixels that are occluded or out of
+    reach are left out.
+    """
+    loss = truth.new_zeros(())
+    side = 2 * radius + 1
+    for level, costs, flow in matches:
+        centre = (..., slice(level // 2, None, level), slice(level // 2, None, level))
+        residual = (truth[centre] / level - flow).round()
+        reached = (residual.abs() <= radius).all(dim=1) & ~occlusion[centre][:, 0]
+        offset = residual.clamp(-radius, radius).long() + radius
+        target = offset[:, 1] * side + offset[:, 0]
+        entropy = functional.cross_entropy(SHARPNESS * costs.float(), target, reduction='none')
+        loss = loss + (entropy * reached).sum() / reached.sum().clamp(min=1)
+    return loss / max(len(matches), 1)
+
+
+SHARPNESS = 3.0
+"""What the costs are multiplied by before the softmax."""
+
+
 def mixture_of_laplace(flow: Tensor, error: Tensor, truth: Tensor) -> Tensor:
     """Return the negative log likelihood of SEA-RAFT's equations 3 to 5, the flow fixed.
 

@@ -32,6 +32,8 @@ class Stage:
     batch: int
     render: tuple[int, int]
     crop: tuple[int, int]
+    largest_motion_px: float | None = None
+    """In place of the world's: a first stage of small motions is learnt sooner."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Recipe:
     """Decay per step of the averaged weights, which are the ones saved."""
     gamma: float = 0.8
     """Weight ratio of successive predictions: DIP equation 9."""
+    matching: float = 2.0
+    """Weight of the matching loss."""
     warm: float = 0.25
     """Share of batches that start from a degraded true flow."""
     reuse: int = 4

@@ -12,41 +12,84 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Trains DIP-RT on the procedural world, on a CPU or a GPU, and resumes."""
+"""Trains DIP-RT on the procedural world, on a CPU or a GPU, alone or by torchrun, and resumes."""
 
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 import json
 import math
+import os
 from pathlib import Path
 import time
 
 import torch
-from torch import Generator, nn, Tensor
+from torch import distributed, Generator, nn, Tensor
 from tqdm import tqdm
 
 from flow_ros.networks import create, save
 from flow_ros.networks.dip_rt import DipRt, error_probability
 from flow_ros.synthetic.world import Pairs, World
 from flow_ros.training.augment import augment, Batch, degraded_prior
-from flow_ros.training.losses import mixture_of_laplace, occlusion_loss, sequence_loss
+from flow_ros.training.losses import (matching_loss, mixture_of_laplace, occlusion_loss,
+                                      sequence_loss)
 from flow_ros.training.recipe import Recipe, Stage
 
 WARM_LIMIT_PX = 64.0
 
 
+@dataclass(frozen=True)
+class Crew:
+    """The processes that train together: each takes its share of the batch.
+
+    Two processes of one thread each are also the fastest way to use two CPU cores: nothing
+    waits at the end of every small operation, only once a step for the gradients.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @staticmethod
+    def from_environment() -> 'Crew':
+        """Join the processes that torchrun has started; alone where it has not."""
+        size = int(os.environ.get('WORLD_SIZE', '1'))
+        if size > 1 and not distributed.is_initialized():
+            distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+        return Crew(rank=int(os.environ.get('RANK', '0')), size=size)
+
+    def mean_gradients(self, network: nn.Module) -> None:
+        """Replace every gradient by its mean over the crew."""
+        if self.size == 1:
+            return
+        for value in network.parameters():
+            if value.grad is None:  # this process's schedule did not use it
+                value.grad = torch.zeros_like(value)
+        gradients = [value.grad for value in network.parameters() if value.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        distributed.all_reduce(flat)
+        for gradient, mean in zip(gradients, (flat / self.size).split(
+                [gradient.numel() for gradient in gradients])):
+            gradient.copy_(mean.view_as(gradient))
+
+    def agree(self, value: float, device: torch.device) -> float:
+        """Return the first process's ``value`` on all."""
+        if self.size == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=device)
+        distributed.broadcast(shared, src=0)
+        return float(shared)
+
+
 class Scenes:
     """Rendered scenes by index; each is kept while it may be used again."""
 
-    def __init__(self, world: World, *, keep: int = 12) -> None:
-        self.world = world
-        self.keep = keep
+    def __init__(self, world: World, *, crew: Crew, reuse: int, keep: int = 12) -> None:
+        self.world, self.crew, self.reuse, self.keep = world, crew, reuse, keep
         self._kept: OrderedDict[tuple[int, Stage], Pairs] = OrderedDict()
 
-    def batch(self, step: int, stage: Stage, reuse: int, random: Generator) -> Batch:
+    def batch(self, step: int, stage: Stage, random: Generator) -> Batch:
         """Return the pairs of ``step``: a recent scene in one direction; a function of step."""
-        newest = step // reuse
+        newest = step // self.reuse
         age = int(torch.randint(0, min(self.keep, newest + 1), (1,), generator=random))
         pairs = self._pairs(newest - age, stage)
         if bool(torch.rand(1, generator=random) < 0.5):
@@ -57,7 +100,10 @@ class Scenes:
         key = (index, stage)
         if key not in self._kept:
             with torch.no_grad():
-                self._kept[key] = self.world.pairs(index, batch=stage.batch, size=stage.render)
+                self._kept[key] = self.world.pairs(
+                    index * self.crew.size + self.crew.rank, size=stage.render,
+                    batch=max(1, stage.batch // self.crew.size),
+                    largest_motion_px=stage.largest_motion_px)
             while len(self._kept) > self.keep:
                 self._kept.popitem(last=False)
         return self._kept[key]
@@ -101,6 +147,7 @@ class Trainer:
     def __init__(self, *, recipe: Recipe, folder: Path, device: torch.device | None = None,
                  initial: Path | None = None, save_every_s: float = 120.0) -> None:
         self.recipe, self.folder, self.save_every_s = recipe, folder, save_every_s
+        self.crew = Crew.from_environment()
         self.device = device or torch.device('cuda' if torch.cuda.is_available() else 'cpu')
         torch.manual_seed(recipe.seed)  # the initial weights
         network = create(recipe.network, initial)
@@ -108,7 +155,7 @@ class Trainer:
             raise ValueError(f'this trainer knows dip_rt; seen {recipe.network!r}')
         self.network = network.to(self.device, memory_format=torch.channels_last)
         self.world = World(seed=recipe.seed, device=self.device, config=recipe.world)
-        self.scenes = Scenes(self.world)
+        self.scenes = Scenes(self.world, crew=self.crew, reuse=recipe.reuse)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=recipe.learning_rate,
                                            weight_decay=recipe.weight_decay)
         self.average = Average(self.network, recipe.ema)
@@ -123,7 +170,8 @@ class Trainer:
         began, before = time.monotonic(), self.progress.minutes
         saved = began
         bar = tqdm(total=round(recipe.minutes, 1), unit='min', initial=round(before, 1),
-                   bar_format='{l_bar}{bar}| {n:.1f}/{total} min {postfix}', mininterval=5)
+                   bar_format='{l_bar}{bar}| {n:.1f}/{total} min {postfix}', mininterval=5,
+                   disable=self.crew.rank > 0)
         average_loss = float('nan')
         while self.progress.minutes < recipe.minutes:
             share = self.progress.minutes / recipe.minutes
@@ -132,33 +180,36 @@ class Trainer:
                 average_loss = (loss if math.isnan(average_loss)
                                 else 0.98 * average_loss + 0.02 * loss)
             now = time.monotonic()
-            minutes = before + (now - began) / 60
+            minutes = self.crew.agree(before + (now - began) / 60, self.device)
             bar.update(minutes - self.progress.minutes)
             self.progress = Progress(self.progress.step + 1, self.progress.pairs + pairs, minutes)
             bar.set_postfix_str(f'step {self.progress.step} pairs {self.progress.pairs} '
                                 f'loss {average_loss:.2f} epe {error:.2f}', refresh=False)
-            if self.progress.step % 50 == 0:
+            if self.progress.step % 50 == 0 and self.crew.rank == 0:
                 self._log(average_loss, error)
-            if now - saved > self.save_every_s:
+            if now - saved > self.save_every_s and self.crew.rank == 0:
                 self.save()
                 saved = now
         bar.close()
-        self._calibrate()
-        self.save()
+        if self.crew.rank == 0:
+            self._calibrate()
+            self.save()
         return self.progress
 
     def step(self, share: float) -> tuple[float, float, int]:
         """Do one optimizer step at ``share`` of the run: (loss, last EPE in px, pairs)."""
         recipe, step = self.recipe, self.progress.step
         stage = next(stage for stage in recipe.stages if share < stage.until or stage.until >= 1)
-        random = Generator().manual_seed(recipe.seed * 1_000_003 + step)
-        batch = augment(self.scenes.batch(step, stage, recipe.reuse, random), stage.crop, random)
+        stream = (recipe.seed * 1_000_003 + step) * self.crew.size + self.crew.rank
+        random = Generator().manual_seed(stream)
+        batch = augment(self.scenes.batch(step, stage, random), stage.crop, random)
         for group in self.optimizer.param_groups:
             group['lr'] = recipe.learning_rate * schedule(share, recipe.warmup)
         self.network.train()
         loss, error = self.loss(batch, random)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.crew.mean_gradients(self.network)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
         if bool(torch.isfinite(norm)):  # a step that would spoil the weights is left out
             self.optimizer.step()
@@ -183,6 +234,8 @@ class Trainer:
         flow, error = seen.flow.float(), seen.error.float()
         loss = sequence_loss([(level, value.float()) for level, value in seen.levels], flow,
                              batch.flow, self.recipe.gamma)
+        loss = loss + self.recipe.matching * matching_loss(
+            seen.matches, batch.flow, batch.occlusion, self.network.config.radius)
         loss = loss + 0.2 * mixture_of_laplace(flow, error, batch.flow)
         loss = loss + 0.5 * occlusion_loss(seen.occlusion.float(), batch.occlusion)
         difference = flow.detach() - batch.flow

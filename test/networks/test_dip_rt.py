@@ -1,0 +1,140 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""DIP-RT: its limits, its acts, and that they are the same computation in every guise."""
+
+from flow_ros.networks import count_parameters, create
+from flow_ros.networks.dip_rt import DipRt, error_probability
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='module')
+def network() -> DipRt:
+    torch.manual_seed(0)
+    made = create('dip_rt')
+    assert isinstance(made, DipRt)
+    return made
+
+
+def images(height: int, width: int, count: int = 2, batch: int = 1) -> list[Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return [255 * torch.rand(batch, 3, height, width, generator=random) for _ in range(count)]
+
+
+def test_at_most_two_and_a_half_million_parameters(network: DipRt) -> None:
+    assert count_parameters(network) == 1_073_463
+
+
+@torch.no_grad()
+def test_at_most_15_gflop_per_frame_on_a_stream(network: DipRt) -> None:
+    """One encoder pass, two warm iterations at both levels, one upsampling; 2 x MAC."""
+    previous, image = images(448, 1024)
+    features = network.encode(previous)
+    prior = torch.full((1, 2, 448, 1024), 70.0)  # large enough to ask for both levels
+    with FlopCounterMode(display=False) as counter:
+        state = network.start(features, network.encode(image), prior_flow=prior, iterations=2)
+        while state.schedule:
+            state = network.step(state)
+        network.finish(state)
+    assert [step.level for step in state.done] == [16, 16, 8, 8]
+    assert 10e9 < counter.get_total_flops() <= 15e9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('size', [(64, 96), (50, 70), (33, 47)])
+def test_any_size_gives_full_resolution(network: DipRt, size: tuple[int, int]) -> None:
+    output = network(*images(*size, batch=2), iterations=1)
+    assert output.flow.shape == (2, 2, *size)
+    for share in (output.confidence, output.occlusion):
+        assert share.shape == (2, 1, *size)
+        assert bool(((share >= 0) & (share <= 1)).all())
+
+
+@torch.no_grad()
+def test_there_is_a_flow_after_every_step(network: DipRt) -> None:
+    one, two = (network.encode(image) for image in images(48, 64))
+    state = network.start(one, two, iterations=2)
+    seen = []
+    while state.schedule:
+        state = network.step(state)
+        seen.append(network.finish(state).flow)
+    assert [step.level for step in state.done] == [16, 16, 8, 8]
+    assert all(flow.shape == (1, 2, 48, 64) and bool(flow.isfinite().all()) for flow in seen)
+    whole = network(*images(48, 64), iterations=2).flow
+    assert torch.equal(seen[-1], whole)
+    assert not torch.equal(seen[0], seen[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(('motion_px', 'levels'), [(0.0, [8, 8]), (60.0, [8, 8]),
+                                                   (-65.0, [16, 16, 8, 8])])
+def test_a_warm_start_does_the_levels_its_motion_asks_for(
+        network: DipRt, motion_px: float, levels: list[int]) -> None:
+    one, two = (network.encode(image) for image in images(48, 64))
+    prior = torch.zeros(1, 2, 48, 64)
+    prior[:, 1] = motion_px
+    state = network.start(one, two, prior_flow=prior, iterations=2)
+    assert state.warm
+    assert [step.level for step in state.schedule] == levels
+    assert float(state.flow[:, 1].mean()) == pytest.approx(motion_px / levels[0], rel=1e-4)
+
+
+@torch.no_grad()
+def test_training_sees_what_inference_computes(network: DipRt) -> None:
+    """Beside the matching features' detachment, which changes gradients only."""
+    one, two = images(64, 96)
+    seen = network.predictions(one, two, steps16=2, steps8=2)
+    assert torch.allclose(seen.flow, network(one, two, iterations=2).flow, atol=1e-3)
+    assert [level for level, _ in seen.levels] == [16] * 4 + [8] * 4
+
+
+def test_every_parameter_is_trained(network: DipRt) -> None:
+    network.train()
+    seen = network.predictions(*images(64, 96), steps16=1, steps8=2)
+    (seen.flow.sum() + seen.error.sum() + seen.occlusion.sum()
+     + sum(flow.square().mean() for _, flow in seen.levels)).backward()
+    network.eval()
+    without = [name for name, value in network.named_parameters() if value.grad is None]
+    network.zero_grad(set_to_none=True)
+    assert without == []
+
+
+def test_the_probability_of_a_small_error_follows_the_mixture() -> None:
+    flow = torch.zeros(1, 2, 1, 3)
+    flow[0, 0, 0, 2] = 200  # 5 % are 10 px
+    error = torch.tensor([[20.0, -20, -20], [0, 3.0, 3.0]]).view(1, 2, 1, 3)
+    seen = error_probability(flow, error).flatten().tolist()
+    wide = 20.085537  # exp(3)
+    expected = [1 - 2.718281828 ** -3, 1 - 2.718281828 ** (-3 / wide),
+                1 - 2.718281828 ** (-10 / wide)]
+    assert seen == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(('call', 'words'), [
+    (lambda n: n(torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 48)), 'one shape'),
+    (lambda n: n(torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32)), r'\(B, 3, H, W\)'),
+    (lambda n: n(*images(32, 32), iterations=0), 'at least 1'),
+    (lambda n: n(*images(32, 32), prior_flow=torch.zeros(1, 2, 16, 16)), 'full-resolution'),
+    (lambda n: n(*images(32, 32), prior_flow=torch.full((1, 2, 32, 32), float('nan'))), 'NaN'),
+    (lambda n: n.engine('decode'), 'no engine'),
+])
+@torch.no_grad()
+def test_bad_input_is_named(network: DipRt, call: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call(network)  # type: ignore[operator]

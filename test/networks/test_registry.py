@@ -1,0 +1,123 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Networks by name, and weights files good and bad."""
+
+from pathlib import Path
+
+from flow_ros.networks import create, default_weights_path, names, save, WeightsError
+import pytest
+from safetensors import safe_open
+import torch
+
+torch.set_num_threads(1)
+
+
+def test_the_default_comes_first() -> None:
+    assert names()[0] == 'dip_rt'
+    assert 'dip' in names()
+
+
+def test_saved_weights_come_back_as_they_were(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    network = create('dip_rt')
+    path = tmp_path / 'mine.safetensors'
+    save(network, path, metadata={'pairs': '7'})
+    loaded = create('dip_rt', path)
+    assert not loaded.training
+    for key, value in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    with safe_open(path, 'pt') as file:
+        assert file.metadata() == {'network': 'dip_rt', 'pairs': '7'}
+
+
+def test_half_precision_files_load_as_single_precision(tmp_path: Path) -> None:
+    network = create('dip_rt')
+    save(network, tmp_path / 'half.safetensors', half=True)
+    save(network, tmp_path / 'full.safetensors')
+    loaded = create('dip_rt', tmp_path / 'half.safetensors')
+    assert {value.dtype for value in loaded.parameters()} == {torch.float32}
+    halves, full = ((tmp_path / f'{name}.safetensors').stat().st_size for name in ('half', 'full'))
+    assert halves < 0.55 * full
+
+
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_a_published_checkpoint_loads(tmp_path: Path, wrapped: bool) -> None:
+    network = create('dip')
+    tensors = {f'module.{key}': value for key, value in network.state_dict().items()}
+    torch.save({'state_dict': tensors} if wrapped else tensors, tmp_path / 'dip.pth')
+    loaded = create('dip', tmp_path / 'dip.pth')
+    for key, value in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_a_file_of_another_network_is_refused_and_named(tmp_path: Path) -> None:
+    path = tmp_path / 'dip.safetensors'
+    save(create('dip'), path)
+    with pytest.raises(WeightsError, match=r'not for dip_rt \(it says it is for dip\).*92 tensors'):
+        create('dip_rt', path)
+
+
+def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
+    tensors = create('dip').state_dict()
+    del tensors['fnet.conv1.bias']
+    torch.save(tensors, tmp_path / 'cut.pth')
+    with pytest.raises(WeightsError, match=r'missing fnet\.conv1\.bias'):
+        create('dip', tmp_path / 'cut.pth')
+
+
+class Evil:
+    """Would write a file if it were unpickled by code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize('kind', ['missing', 'cut', 'text', 'list', 'code'])
+def test_unusable_files_are_clear_errors(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ('w.safetensors' if kind in ('missing', 'cut') else 'w.pth')
+    if kind == 'cut':
+        save(create('dip_rt'), path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif kind == 'text':
+        path.write_text('not weights')
+    elif kind == 'list':
+        torch.save([1, 2], path)
+    elif kind == 'code':
+        torch.save({'a': Evil(tmp_path / 'touched')}, path)
+    with pytest.raises(WeightsError, match=str(path)):
+        create('dip_rt', path)
+    assert not (tmp_path / 'touched').exists()
+
+
+def test_shipped_weights_are_found_or_the_folders_named(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(create('dip'), tmp_path / 'dip.safetensors')
+    monkeypatch.setenv('FLOW_ROS_MODELS', str(tmp_path))
+    assert default_weights_path('dip') == tmp_path / 'dip.safetensors'
+    assert create('dip', 'default').name == 'dip'
+    monkeypatch.setenv('FLOW_ROS_MODELS', str(tmp_path / 'none'))
+    monkeypatch.setenv('AMENT_PREFIX_PATH', '/elsewhere')
+    with pytest.raises(WeightsError, match='/elsewhere/share/flow_ros/models'):
+        default_weights_path('no_such_network')
+
+
+def test_unknown_names_and_options_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown network 'raft'; known are dip_rt, dip"):
+        create('raft')
+    with pytest.raises(ValueError, match='does not take these options.*colour'):
+        create('dip_rt', colour='blue')

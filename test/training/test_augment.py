@@ -1,0 +1,84 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Augmentation keeps the truth true."""
+
+from flow_ros.ops.sampling import warp
+from flow_ros.synthetic.world import World, WorldConfig
+from flow_ros.training.augment import (augment, Batch, degraded_prior, flip, photometric,
+                                       random_crop)
+import pytest
+import torch
+from torch import Generator, Tensor
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='module')
+def batch() -> Batch:
+    config = WorldConfig(surfaces=4, bank_objects=6, largest_motion_px=12, driving=0)
+    pairs = World(seed=2, config=config).pairs(1, batch=2, size=(96, 128))
+    return Batch(pairs.image1, pairs.image2, pairs.forward, pairs.occluded_forward)
+
+
+def visible_error(batch: Batch) -> Tensor:
+    error = (warp(batch.image2, batch.flow) - batch.image1).abs().mean(dim=1, keepdim=True)
+    return error[~batch.occlusion].median()
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_crops_and_flips_stay_exact(batch: Batch, seed: int) -> None:
+    random = Generator().manual_seed(seed)
+    changed = flip(random_crop(batch, (64, 80), random), random)
+    assert changed.flow.shape == (2, 2, 64, 80)
+    assert float(visible_error(changed)) < float(visible_error(batch)) + 1.5
+
+
+def test_flips_mirror_the_flow(batch: Batch) -> None:
+    mirrored = [flip(batch, Generator().manual_seed(seed)) for seed in range(30)]
+    signs = {(float(torch.sign(each.flow[0, 0].flip(-1)[9, 9] * batch.flow[0, 0, 9, 9]))
+              if torch.equal(each.image1, batch.image1.flip(-1)) else 0.0)
+             for each in mirrored}
+    assert -1.0 in signs  # left-right alone turned u around
+    assert 1.0 not in signs
+
+
+def test_what_leaves_the_crop_is_occluded(batch: Batch) -> None:
+    cropped = random_crop(batch, (32, 32), Generator().manual_seed(1))
+    x = torch.arange(32) + cropped.flow[:, :1]
+    outside = (x < 0) | (x > 31)
+    assert bool(outside.any())
+    assert bool(cropped.occlusion[outside].all())
+
+
+def test_photometric_changes_colours_only_and_stays_in_range(batch: Batch) -> None:
+    changed = photometric(batch, Generator().manual_seed(0))
+    assert torch.equal(changed.flow, batch.flow)
+    assert not torch.equal(changed.image1, batch.image1)
+    for image in (changed.image1, changed.image2):
+        assert 0 <= float(image.min())
+        assert float(image.max()) <= 255
+
+
+def test_augmentation_is_a_function_of_its_generator(batch: Batch) -> None:
+    one, two = (augment(batch, (48, 64), Generator().manual_seed(4)) for _ in range(2))
+    assert torch.equal(one.image1, two.image1)
+    assert torch.equal(one.flow, two.flow)
+
+
+def test_a_degraded_prior_is_near_the_truth_but_not_it(batch: Batch) -> None:
+    prior = degraded_prior(batch.flow, Generator().manual_seed(0))
+    assert prior.shape == batch.flow.shape
+    error = torch.hypot(*(prior - batch.flow).unbind(dim=1)).mean()
+    assert 0.2 < float(error) < 0.8 * float(torch.hypot(*batch.flow.unbind(dim=1)).mean())
