@@ -46,7 +46,7 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
-	@for file in bench/*.py; do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+	@for file in $(sort $(wildcard bench/*.py)); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
 
 clean:
 	rm -rf build install log out .mypy_cache .pytest_cache .ruff_cache
