@@ -14,10 +14,23 @@
 
 """The networks: one paper, one file, and a registry that makes and loads them."""
 
-from flow_ros.networks.base import (Call, count_parameters, Features, FlowNetwork, FlowOutput,
-                                    State, Step)
-from flow_ros.networks.registry import (create, default_weights_path, load_weights, names, save,
-                                        WeightsError)
+from flow_ros.networks.base import (
+                                    Call,
+                                    count_parameters,
+                                    Features,
+                                    FlowNetwork,
+                                    FlowOutput,
+                                    State,
+                                    Step,
+)
+from flow_ros.networks.registry import (
+                                    create,
+                                    default_weights_path,
+                                    load_weights,
+                                    names,
+                                    save,
+                                    WeightsError,
+)
 
 __all__ = ['Call', 'count_parameters', 'create', 'default_weights_path', 'Features',
            'FlowNetwork', 'FlowOutput', 'load_weights', 'names', 'save', 'State', 'Step',

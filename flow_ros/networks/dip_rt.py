@@ -36,7 +36,15 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional
 
-from flow_ros.networks.base import Call, check_prior, Features, FlowNetwork, FlowOutput, State, Step
+from flow_ros.networks.base import (
+    Call,
+    check_prior,
+    Features,
+    FlowNetwork,
+    FlowOutput,
+    State,
+    Step,
+)
 from flow_ros.ops.matching import inverse_propagation, local_search, SEEDS
 from flow_ros.ops.sampling import pad_to_multiple, resize_flow, warp
 from flow_ros.ops.upsampling import convex_upsample
@@ -182,6 +190,7 @@ class DipRt(FlowNetwork):
 
     name = 'dip_rt'
     default_iterations = 4
+    calibration: Tensor
 
     def __init__(self, config: DipRtConfig | None = None) -> None:
         super().__init__()
@@ -219,7 +228,9 @@ class DipRt(FlowNetwork):
             return State(features_a, features_b, level=16, flow=flow, schedule=cold,
                          memory=(features_a.tensors[1],))
         check_prior(prior_flow, features_a.size)
-        large = float(prior_flow.abs().amax()) > self.config.warm_level_px
+        # A high quantile, so that one bad pixel of a prior does not double the work.
+        motion = prior_flow.detach().abs().amax(dim=1)[..., ::8, ::8].flatten()
+        large = float(torch.quantile(motion, 0.995)) > self.config.warm_level_px
         level = 16 if large else 8
         match = match16 if large else match8
         padded = pad_to_multiple(prior_flow, 16)

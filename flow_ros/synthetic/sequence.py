@@ -21,8 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 import torch
 
-from flow_ros.synthetic.scenes import (flow_between, gather_textures, occlusion_between, render,
-                                       Rendered, Scene)
+from flow_ros.synthetic.scenes import (
+    flow_between,
+    gather_textures,
+    occlusion_between,
+    render,
+    Rendered,
+    Scene,
+)
 from flow_ros.synthetic.textures import make_bank
 
 

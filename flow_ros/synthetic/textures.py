@@ -93,9 +93,8 @@ def shape(random: Random, size: int) -> Image:
         mask[low[1]:high[1], low[0]:high[0]] = 1
     else:  # poles, wires, fences
         for _ in range(int(random.integers(1, 5))):
-            ends = random.uniform(0.05, 0.95, (2, 2)) * size
-            cv2.line(mask, *[tuple(int(v) for v in end) for end in ends], 1.0,
-                     int(random.integers(2, 10)), cv2.LINE_AA)
+            x1, y1, x2, y2 = (int(v) for v in random.uniform(0.05, 0.95, 4) * size)
+            cv2.line(mask, (x1, y1), (x2, y2), 1.0, int(random.integers(2, 10)), cv2.LINE_AA)
     return np.asarray(cv2.GaussianBlur(mask, (0, 0), random.uniform(0.4, 1.2)), np.float32)
 
 

@@ -27,8 +27,14 @@ from numpy.typing import NDArray
 import torch
 from torch import Tensor
 
-from flow_ros.synthetic.scenes import (flow_between, gather_textures, occlusion_between, render,
-                                       Scene, Waves)
+from flow_ros.synthetic.scenes import (
+    flow_between,
+    gather_textures,
+    occlusion_between,
+    render,
+    Scene,
+    Waves,
+)
 from flow_ros.synthetic.textures import make_bank, TextureBank
 
 Matrix = NDArray[np.float64]
@@ -159,7 +165,7 @@ def _drifting(random: np.random.Generator, count: int, size: tuple[int, int], fr
 
 def _driving(random: np.random.Generator, count: int, size: tuple[int, int], frames: int,
              config: WorldConfig) -> Layers:
-    """A camera in metres: x right, y down, z ahead; four surfaces, then boxes far to near."""
+    """Place a camera, in metres (x right, y down, z ahead), four surfaces, then boxes."""
     height, width = size
     focal = random.uniform(0.6, 1.4) * width
     camera = np.diag([focal, focal, 1.0])

@@ -31,8 +31,12 @@ from flow_ros.networks import create, save
 from flow_ros.networks.dip_rt import DipRt, error_probability
 from flow_ros.synthetic.world import Pairs, World
 from flow_ros.training.augment import augment, Batch, degraded_prior
-from flow_ros.training.losses import (matching_loss, mixture_of_laplace, occlusion_loss,
-                                      sequence_loss)
+from flow_ros.training.losses import (
+    matching_loss,
+    mixture_of_laplace,
+    occlusion_loss,
+    sequence_loss,
+)
 from flow_ros.training.recipe import Recipe, Stage
 
 WARM_LIMIT_PX = 64.0
@@ -153,7 +157,8 @@ class Trainer:
         network = create(recipe.network, initial)
         if not isinstance(network, DipRt):
             raise ValueError(f'this trainer knows dip_rt; seen {recipe.network!r}')
-        self.network = network.to(self.device, memory_format=torch.channels_last)
+        self.network = network.to(self.device)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.world = World(seed=recipe.seed, device=self.device, config=recipe.world)
         self.scenes = Scenes(self.world, crew=self.crew, reuse=recipe.reuse)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=recipe.learning_rate,

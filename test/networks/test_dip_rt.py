@@ -14,12 +14,13 @@
 
 """DIP-RT: its limits, its acts, and that they are the same computation in every guise."""
 
-from flow_ros.networks import count_parameters, create
-from flow_ros.networks.dip_rt import DipRt, error_probability
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from flow_ros.networks import count_parameters, create
+from flow_ros.networks.dip_rt import DipRt, error_probability
 
 torch.set_num_threads(1)
 

@@ -14,12 +14,13 @@
 
 """The two matches of DIP against their equations, written as plain loops."""
 
-from flow_ros.ops.matching import inverse_propagation, local_search, SEEDS
-from flow_ros.ops.sampling import warp
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from flow_ros.ops.matching import inverse_propagation, local_search, SEEDS
+from flow_ros.ops.sampling import warp
 
 
 def plain_search(a: Tensor, b: Tensor, radius: int) -> Tensor:

@@ -14,9 +14,10 @@
 
 """Sampling and warping at pixel coordinates, against numbers worked out by hand."""
 
-from flow_ros.ops.sampling import inside, pad_to_multiple, pixel_grid, resize_flow, sample, warp
 import pytest
 import torch
+
+from flow_ros.ops.sampling import inside, pad_to_multiple, pixel_grid, resize_flow, sample, warp
 
 
 def test_sample_reads_pixels_and_their_means() -> None:

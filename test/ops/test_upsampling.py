@@ -14,9 +14,10 @@
 
 """Convex upsampling against its definition."""
 
-from flow_ros.ops.upsampling import convex_upsample
 import pytest
 import torch
+
+from flow_ros.ops.upsampling import convex_upsample
 
 
 def test_an_even_mask_is_the_mean_of_nine_neighbours() -> None:

@@ -14,13 +14,14 @@
 
 """The procedural world: exact flow, exact occlusion, the same for the same seed."""
 
-from flow_ros.ops.sampling import warp
-from flow_ros.synthetic.scenes import (flow_between, occlusion_between, render, Scene, Waves)
-from flow_ros.synthetic.world import Pairs, World, WorldConfig
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+
+from flow_ros.ops.sampling import warp
+from flow_ros.synthetic.scenes import flow_between, occlusion_between, render, Scene, Waves
+from flow_ros.synthetic.world import Pairs, World, WorldConfig
 
 torch.set_num_threads(1)
 SMALL = WorldConfig(surfaces=6, bank_objects=8, largest_motion_px=20)

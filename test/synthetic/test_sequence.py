@@ -14,11 +14,12 @@
 
 """The endless synthetic stream."""
 
-from flow_ros.ops.sampling import warp
-from flow_ros.synthetic import SyntheticSequence
 import numpy as np
 import pytest
 import torch
+
+from flow_ros.ops.sampling import warp
+from flow_ros.synthetic import SyntheticSequence
 
 torch.set_num_threads(1)
 

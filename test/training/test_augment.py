@@ -14,13 +14,20 @@
 
 """Augmentation keeps the truth true."""
 
-from flow_ros.ops.sampling import warp
-from flow_ros.synthetic.world import World, WorldConfig
-from flow_ros.training.augment import (augment, Batch, degraded_prior, flip, photometric,
-                                       random_crop)
 import pytest
 import torch
 from torch import Generator, Tensor
+
+from flow_ros.ops.sampling import warp
+from flow_ros.synthetic.world import World, WorldConfig
+from flow_ros.training.augment import (
+    augment,
+    Batch,
+    degraded_prior,
+    flip,
+    photometric,
+    random_crop,
+)
 
 torch.set_num_threads(1)
 

@@ -16,10 +16,16 @@
 
 import math
 
-from flow_ros.training.losses import (matching_loss, mixture_of_laplace, occlusion_loss,
-                                      sequence_loss, SHARPNESS)
 import pytest
 import torch
+
+from flow_ros.training.losses import (
+    matching_loss,
+    mixture_of_laplace,
+    occlusion_loss,
+    sequence_loss,
+    SHARPNESS,
+)
 
 
 def test_sequence_loss_weighs_later_predictions_more() -> None:

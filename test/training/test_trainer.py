@@ -22,12 +22,13 @@ import socket
 import subprocess
 import sys
 
+import pytest
+import torch
+
 from flow_ros.networks import create
 from flow_ros.synthetic.world import WorldConfig
 from flow_ros.training.recipe import read_recipe, Recipe, Stage
 from flow_ros.training.trainer import Progress, schedule, Trainer
-import pytest
-import torch
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]

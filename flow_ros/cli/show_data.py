@@ -1,0 +1,60 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""``flow_ros show-data``: a page of training pairs with their flow and occlusion, to look at."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
+    """Add the verb's options."""
+    parser = subparsers.add_parser('show-data', help='write a page of training pairs')
+    parser.add_argument('--recipe', type=Path, default=Path('config/train/dip_rt.yaml'),
+                        help='YAML recipe (default: %(default)s)')
+    parser.add_argument('--out', type=Path, default=Path('out/data.png'),
+                        help='picture to write (default: %(default)s)')
+    parser.add_argument('--rows', type=int, default=8, help='pairs to show (default: %(default)s)')
+    parser.add_argument('--first', type=int, default=0, help='index of the first scene')
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the page; returns the exit status."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from flow_ros.flow_io import write_image
+    from flow_ros.synthetic.world import World
+    from flow_ros.training.recipe import read_recipe
+    from flow_ros.visualization import flow_to_color, strip
+
+    recipe = read_recipe(options.recipe)
+    stage = recipe.stages[-1]
+    world = World(seed=recipe.seed, config=recipe.world)
+    rows = []
+    for index in tqdm(range(options.first, options.first + options.rows), unit='pair'):
+        pairs = world.pairs(index, batch=1, size=stage.render)
+        images = [image[0].permute(1, 2, 0).clamp(0, 255).byte().numpy()
+                  for image in (pairs.image1, pairs.image2)]
+        flow = pairs.forward[0].permute(1, 2, 0).numpy()
+        occluded = pairs.occluded_forward[0, 0].numpy().astype(np.uint8) * 255
+        longest = float(np.hypot(flow[..., 0], flow[..., 1]).max())
+        rows.append(strip([*images, flow_to_color(flow), occluded],
+                          ['frame 1', 'frame 2', f'flow to {longest:.0f} px', 'occluded'],
+                          height=192))
+    width = min(row.shape[1] for row in rows)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    write_image(options.out, np.vstack([row[:, :width] for row in rows]))
+    print(options.out)
+    return 0
