@@ -22,7 +22,8 @@ both of this form, so the flow between two frames is the homography P(t1) P(t0)^
 that is visible: exact, both ways, with nothing to search. A smooth non-rigid motion may be
 added in plane coordinates; it is inverted by fixed-point iteration to 0.01 px.
 
-Layer 0 is the farthest; a pixel shows the last layer whose alpha there is above one half.
+A pixel shows the last layer whose alpha there is above one half; in scenes with depth a layer
+must also be nearer than those before it, so that ground and walls cut each other rightly.
 """
 
 from dataclasses import dataclass
@@ -67,6 +68,7 @@ class Scene:
     texture: Tensor
     fade: Tensor
     waves: Waves | None = None
+    depth_tested: bool = False
 
     @property
     def layers(self) -> int:
@@ -99,6 +101,7 @@ def render(scene: Scene, time: int, size: tuple[int, int]) -> Rendered:
     inverse = torch.linalg.inv(scene.poses[:, :, time])
     image = torch.zeros(batch, 3, height, width, device=rays.device)
     layer = torch.zeros(batch, height, width, dtype=torch.long, device=rays.device)
+    nearest = rays.new_zeros(batch, height, width)  # 1 / depth of what is seen so far
     for index in range(scene.layers):
         plane = inverse[:, index] @ rays  # (B, 3, HW) = (a, b, 1) / depth
         nearness = plane[:, 2]
@@ -123,6 +126,10 @@ def render(scene: Scene, time: int, size: tuple[int, int]) -> Rendered:
                                           align_corners=False)
             colour = rgba[:, :3]
             alpha = rgba[:, 3:] * (front.view(batch, 1, height, width) / 255)
+        if scene.depth_tested:
+            here = nearness.view(batch, height, width)
+            alpha = alpha * (here > nearest)[:, None]
+            nearest = torch.where(alpha[:, 0] > 0.5, here, nearest)
         image = image + alpha * (colour - image)
         layer = torch.where(alpha[:, 0] > 0.5, index, layer)
     return Rendered(image=image, layer=layer)

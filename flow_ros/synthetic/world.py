@@ -108,7 +108,8 @@ class World:
         return Scene(surfaces=surfaces, objects=objects,
                      poses=self._tensor(np.stack([layer[0] for layer in layers])),
                      texture=self._tensor(np.stack([layer[1] for layer in layers])),
-                     fade=self._tensor(np.stack([layer[2] for layer in layers])), waves=waves)
+                     fade=self._tensor(np.stack([layer[2] for layer in layers])), waves=waves,
+                     depth_tested=driving)
 
     def pairs(self, index: int, *, batch: int, size: tuple[int, int],
               largest_motion_px: float | None = None) -> Pairs:
@@ -197,13 +198,13 @@ def _driving(random: np.random.Generator, count: int, size: tuple[int, int], fra
     walls = random.random(2) < 0.45
     for index, (first, second, origin, scale) in enumerate(planes):
         if index >= 2 and not walls[index - 2]:
-            origin = origin * 40  # out of sight, but the batch keeps one number of layers
+            origin = origin * 40  # far out; the batch keeps one number of layers
         poses.append(place(first, second, origin, own))
         texture.append(_scaled(random, scale * random.uniform(0.5, 2) / 256))
         fade.append(1e6 if index == 0 else random.uniform(15, 60))
     depth = np.sort(np.exp(random.uniform(np.log(3), np.log(35), count)))[::-1]
     for z in depth:
-        half = random.uniform(0.3, 1.6) * (0.4 + z / 15)
+        half = random.uniform(0.3, 1.6) * (0.6 + z / 12)
         foot = level - half if random.random() < 0.7 else random.uniform(-2.5, level)
         origin = np.array([random.uniform(-0.5, 0.5) * z * width / focal, foot, z])
         drift = own
