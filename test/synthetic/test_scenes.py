@@ -107,9 +107,8 @@ def visible_error(pairs: Pairs) -> tuple[float, float]:
 
 def test_random_scenes_agree_with_their_flow(world: World) -> None:
     for index in range(4):
-        error, still = visible_error(world.pairs(index, batch=2, size=(96, 128)))
-        assert error < 5
-        assert error < 0.6 * still
+        error, still = visible_error(world.pairs(index, batch=2, size=(192, 256)))
+        assert error < 0.5 * still  # what is left is resampling, most on ground seen aslant
 
 
 def test_forward_and_backward_are_inverse_where_visible(world: World) -> None:
