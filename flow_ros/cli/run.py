@@ -36,6 +36,7 @@ from typing import Any
 
 from flow_ros.cli import CommandError
 from flow_ros.environment import complete
+from flow_ros.nodes.process import profile_variable
 from flow_ros.nodes.status import Status
 
 START_LIMIT_S = 180.0
@@ -128,11 +129,9 @@ def make_environment(base: Mapping[str, str]) -> dict[str, str]:
     environment.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
     profile = find_share() / 'config' / 'fastdds.xml'
     if profile.is_file():
-        environment.setdefault('FASTDDS_DEFAULT_PROFILES_FILE', str(profile))
-    if environment.get('ROS_DISTRO') == 'humble':  # which has other names for both
+        environment.setdefault(profile_variable(environment), str(profile))
+    if environment.get('ROS_DISTRO') == 'humble':  # which knows no discovery range
         environment.setdefault('ROS_LOCALHOST_ONLY', '1')
-        environment.setdefault('FASTRTPS_DEFAULT_PROFILES_FILE',
-                               environment.get('FASTDDS_DEFAULT_PROFILES_FILE', ''))
     environment['PYTHONUNBUFFERED'] = '1'
     return environment
 
