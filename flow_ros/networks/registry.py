@@ -129,6 +129,7 @@ def save(network: FlowNetwork, path: Path, *, metadata: Mapping[str, str] | None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + '.part')
     save_file(tensors, temporary, metadata={**(metadata or {}), 'network': network.name})
+    temporary.chmod(0o644)  # safetensors writes for the owner alone
     temporary.replace(path)
 
 

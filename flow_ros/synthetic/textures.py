@@ -59,7 +59,7 @@ def surface(random: Random, size: int) -> Image:
         mask = (edge > np.quantile(edge, random.uniform(0.3, 0.7))).astype(np.float32)[..., None]
         first = first * (1 - mask) + second * mask
     if random.random() < 0.5:  # shading
-        light = 1 + random.uniform(0.1, 0.35) * spectrum(random, size, 3.0)
+        light = 1 + random.uniform(0.05, 0.3) * spectrum(random, size, 3.5)
         first = first * light[..., None]
     return np.clip(first, 0, 255).astype(np.float32)
 
@@ -187,18 +187,30 @@ def _writing(random: Random, size: int) -> Image:
 
 
 def _flat(random: Random, size: int) -> Image:
-    colours = palette(random, 2)
+    """Bare walls, sky and roads: a ramp, faint grain, and often a few marks far apart.
+
+    Here the motion has to come from what lies around, and robots see much of it.
+    """
+    colours = palette(random, 3)
     ramp = np.linspace(0, 1, size, dtype=np.float32)[:, None, None]
     if random.random() < 0.5:
         ramp = ramp.transpose(1, 0, 2)
-    image = colours[0] * (1 - ramp) + colours[1] * ramp + np.zeros((size, size, 1))
-    grain = random.uniform(0.5, 8) * spectrum(random, size, random.uniform(1.0, 2.5))
-    return np.asarray(image + grain[..., None], np.float32)
+    image = (colours[0] * (1 - ramp) + colours[1] * ramp + np.zeros((size, size, 1))).astype(
+        np.float32)
+    if random.random() < 0.5:
+        for _ in range(int(random.integers(1, 9))):
+            ends = random.uniform(-0.1, 1.1, 4) * size
+            x1, y1, x2, y2 = (int(v) for v in ends)
+            cv2.line(image, (x1, y1), (x2, y2), tuple(float(c) for c in colours[2]),
+                     int(random.integers(1, 14)), cv2.LINE_AA)
+    grain = np.exp(random.uniform(np.log(0.3), np.log(8)))
+    return np.asarray(image + grain * spectrum(random, size, random.uniform(0, 2.5))[..., None],
+                      np.float32)
 
 
 def _pick(random: Random) -> Callable[[Random, int], Image]:
     kinds = (_noise, _leaves, _stripes, _writing, _flat)
-    return kinds[int(random.choice(len(kinds), p=[0.25, 0.42, 0.12, 0.08, 0.13]))]
+    return kinds[int(random.choice(len(kinds), p=[0.22, 0.37, 0.1, 0.08, 0.23]))]
 
 
 def _to_bytes(values: NDArray[np.float32]) -> NDArray[np.uint8]:
