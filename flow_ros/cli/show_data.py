@@ -17,6 +17,8 @@
 import argparse
 from pathlib import Path
 
+from flow_ros.cli import CommandError
+
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
     """Add the verb's options."""
@@ -39,7 +41,10 @@ def run(options: argparse.Namespace) -> int:
     from flow_ros.training.recipe import read_recipe
     from flow_ros.visualization import flow_to_color, strip
 
-    recipe = read_recipe(options.recipe)
+    try:
+        recipe = read_recipe(options.recipe)
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
     stage = recipe.stages[-1]
     world = World(seed=recipe.seed, config=recipe.world)
     rows = []

@@ -18,6 +18,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from flow_ros.cli import CommandError
+
 
 def add_parser(subparsers: 'argparse._SubParsersAction[argparse.ArgumentParser]') -> None:
     """Add the verb's options."""
@@ -37,16 +39,24 @@ def run(options: argparse.Namespace) -> int:
     """Train; returns the exit status."""
     import torch
 
+    from flow_ros.networks import WeightsError
     from flow_ros.training.recipe import read_recipe
     from flow_ros.training.trainer import Trainer
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    recipe = read_recipe(options.recipe)
+    try:
+        recipe = read_recipe(options.recipe)
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from error
     if options.minutes is not None:
         recipe = replace(recipe, minutes=options.minutes)
     device = torch.device(options.device) if options.device else None
-    trainer = Trainer(recipe=recipe, folder=options.out, device=device, initial=options.weights)
+    try:
+        trainer = Trainer(recipe=recipe, folder=options.out, device=device,
+                          initial=options.weights)
+    except WeightsError as error:
+        raise CommandError(str(error)) from error
     progress = trainer.run()
     print(f'{progress.step} steps, {progress.pairs} pairs, {progress.minutes:.1f} min: '
           f'{options.out / "weights.safetensors"}')
