@@ -27,14 +27,15 @@ from pathlib import Path
 import platform
 import time
 
+import numpy as np
+import torch
+
 from flow_ros.networks import create, WeightsError
 from flow_ros.networks.base import FlowNetwork
 from flow_ros.runtimes import create_runtime, RuntimeUnavailable
 from flow_ros.sources import parse_size
 from flow_ros.streaming import Budget, FlowEstimator
 from flow_ros.synthetic import SyntheticSequence
-import numpy as np
-import torch
 
 FRAME_S = 1 / 30
 

@@ -29,6 +29,7 @@ must also be nearer than those before it, so that ground and walls cut each othe
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -84,13 +85,26 @@ class Rendered:
     layer: Tensor
 
 
-def gather_textures(bank: TextureBank, surfaces: np.ndarray, objects: np.ndarray,
-                    device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the bank's textures by index, (B, L0) and (B, L1), channels first, as floats."""
-    big = torch.from_numpy(bank.surfaces[surfaces]).to(device)
-    small = torch.from_numpy(bank.objects[objects]).to(device)
-    return (big.permute(0, 1, 4, 2, 3).float().contiguous(),
-            small.permute(0, 1, 4, 2, 3).float().contiguous())
+@dataclass(frozen=True)
+class Textures:
+    """A bank on the device that renders: surfaces (N, 3, S, S), objects (M, 4, s, s), uint8."""
+
+    surfaces: Tensor
+    objects: Tensor
+
+    @staticmethod
+    def of(bank: TextureBank, device: torch.device) -> 'Textures':
+        """Bring ``bank`` to ``device``, once."""
+        big, small = (torch.from_numpy(values).permute(0, 3, 1, 2).contiguous().to(device)
+                      for values in (bank.surfaces, bank.objects))
+        return Textures(surfaces=big, objects=small)
+
+    def pick(self, surfaces: NDArray[np.int64],
+             objects: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return the textures of the indices (B, L0) and (B, L1), as floats."""
+        device = self.surfaces.device
+        return (self.surfaces[torch.from_numpy(surfaces).to(device)].float(),
+                self.objects[torch.from_numpy(objects).to(device)].float())
 
 
 def render(scene: Scene, time: int, size: tuple[int, int]) -> Rendered:

@@ -23,11 +23,11 @@ import torch
 
 from flow_ros.synthetic.scenes import (
     flow_between,
-    gather_textures,
     occlusion_between,
     render,
     Rendered,
     Scene,
+    Textures,
 )
 from flow_ros.synthetic.textures import make_bank
 
@@ -62,8 +62,8 @@ class SyntheticSequence:
         random = np.random.default_rng([seed, 7])
         self.size = (height, width)
         bank = make_bank(seed, surfaces=2, objects=layers)
-        self._textures = gather_textures(bank, np.array([[0]]), np.arange(layers)[None],
-                                         torch.device('cpu'))
+        self._textures = Textures.of(bank, torch.device('cpu')).pick(
+            np.array([[0]]), np.arange(layers)[None])
         radius = np.sort(random.uniform(0.1, 0.3, layers))[::-1] * max(width, height)
         self._scale = np.concatenate([[256 / random.uniform(0.8, 1.2)], radius])
         self._centre = random.uniform(-0.38, 0.38, (layers + 1, 2)) * [width, height]

@@ -20,7 +20,7 @@ moves and turns among ground, walls, a far backdrop and boxes, some moving by th
 same seed gives the same scenes on the same kind of device.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,13 +29,13 @@ from torch import Tensor
 
 from flow_ros.synthetic.scenes import (
     flow_between,
-    gather_textures,
     occlusion_between,
     render,
     Scene,
+    Textures,
     Waves,
 )
-from flow_ros.synthetic.textures import make_bank, TextureBank
+from flow_ros.synthetic.textures import make_bank
 
 Matrix = NDArray[np.float64]
 
@@ -71,25 +71,19 @@ class Pairs:
     occluded_backward: Tensor
 
 
-@dataclass
 class World:
-    """Draws batches of scenes; see the module's docstring."""
+    """Draws batches of scenes on ``device``; see the module's docstring."""
 
-    seed: int
-    device: torch.device = field(default_factory=lambda: torch.device('cpu'))
-    config: WorldConfig = field(default_factory=WorldConfig)
-    bank: TextureBank | None = None
-
-    def __post_init__(self) -> None:
-        """Draw the textures, unless a bank is given."""
-        if self.bank is None:
-            self.bank = make_bank(self.seed, surfaces=self.config.surfaces,
-                                  objects=self.config.bank_objects)
+    def __init__(self, *, seed: int, device: torch.device | None = None,
+                 config: WorldConfig = WorldConfig()) -> None:
+        """Draw the textures."""
+        self.seed, self.device, self.config = seed, device or torch.device('cpu'), config
+        bank = make_bank(seed, surfaces=config.surfaces, objects=config.bank_objects)
+        self._textures = Textures.of(bank, self.device)
 
     def scene(self, index: int, *, batch: int, size: tuple[int, int], frames: int = 2,
               largest_motion_px: float | None = None) -> Scene:
         """Return batch ``index`` of scenes for images of ``size`` (H, W) px."""
-        assert self.bank is not None
         random = np.random.default_rng([self.seed, index])
         config = self.config
         if largest_motion_px is not None:
@@ -99,9 +93,9 @@ class World:
         unbounded = 4 if driving else 1
         build = _driving if driving else _drifting
         layers = [build(random, count, size, frames, config) for _ in range(batch)]
-        surfaces, objects = gather_textures(
-            self.bank, random.integers(0, len(self.bank.surfaces), (batch, unbounded)),
-            random.integers(0, len(self.bank.objects), (batch, count)), self.device)
+        surfaces, objects = self._textures.pick(
+            random.integers(0, len(self._textures.surfaces), (batch, unbounded)),
+            random.integers(0, len(self._textures.objects), (batch, count)))
         waves = None
         if not driving and random.random() < config.non_rigid:
             waves = self._waves(random, batch, unbounded + count, size)

@@ -93,7 +93,9 @@ def photometric(batch: Batch, random: Generator) -> Batch:
         images = [functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode='replicate'), 3, 1)
                   if which in (index, 2) else x for index, x in enumerate(images)]
     sigma = uniform(0, 0.03, 1) * (uniform(0, 1, 1) < 0.6)
-    noisy = [(x + sigma * torch.randn(x.shape, generator=random).to(device)) for x in images]
+    # Drawn where it is used: of all random numbers only these are many.
+    noise = Generator(device).manual_seed(int(torch.randint(0, 2 ** 31, (1,), generator=random)))
+    noisy = [x + sigma * torch.randn(x.shape, generator=noise, device=device) for x in images]
     one, two = (x.clamp(0, 1) * 255 for x in noisy)
     return Batch(one, two, batch.flow, batch.occlusion)
 

@@ -108,8 +108,9 @@ def test_the_schedule_rises_and_ends_near_zero() -> None:
     assert factors[-1] < 0.01
 
 
-def test_the_shipped_recipe_is_readable() -> None:
-    recipe = read_recipe(ROOT / 'config' / 'train' / 'dip_rt.yaml')
+@pytest.mark.parametrize('name', ['dip_rt', 'dip_rt_gpu'])
+def test_the_shipped_recipes_are_readable(name: str) -> None:
+    recipe = read_recipe(ROOT / 'config' / 'train' / f'{name}.yaml')
     assert recipe.network == 'dip_rt'
     assert recipe.stages[-1].until == 1.0
 
