@@ -39,7 +39,6 @@ def run(options: argparse.Namespace) -> int:
     """Train; returns the exit status."""
     import torch
 
-    from flow_ros.networks import WeightsError
     from flow_ros.training.recipe import read_recipe
     from flow_ros.training.trainer import Trainer
 
@@ -51,11 +50,18 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(str(error)) from error
     if options.minutes is not None:
         recipe = replace(recipe, minutes=options.minutes)
-    device = torch.device(options.device) if options.device else None
+    device = None
+    if options.device:
+        try:
+            device = torch.device(options.device)
+            torch.empty(0, device=device)  # the way to learn that a device is there
+        except (RuntimeError, AssertionError) as error:
+            raise CommandError(f'--device {options.device}: {str(error).splitlines()[0]}') \
+                from error
     try:
         trainer = Trainer(recipe=recipe, folder=options.out, device=device,
                           initial=options.weights)
-    except WeightsError as error:
+    except ValueError as error:  # weights, state or network that do not fit
         raise CommandError(str(error)) from error
     progress = trainer.run()
     print(f'{progress.step} steps, {progress.pairs} pairs, {progress.minutes:.1f} min: '

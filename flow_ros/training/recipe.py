@@ -66,24 +66,22 @@ class Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """Read ``path``; raises ValueError naming a field that is unknown or out of range."""
-    values = yaml.safe_load(path.read_text())
-    if not isinstance(values, dict):
-        raise ValueError(f'{path} must hold a mapping of recipe fields; seen {type(values)}')
-    known = [entry.name for entry in fields(Recipe)]
-    unknown = sorted(set(values) - set(known))
-    if unknown:
-        raise ValueError(f'{path}: unknown fields {", ".join(unknown)}; known are '
-                         f'{", ".join(known)}')
-    if 'world' in values:
-        values['world'] = WorldConfig(**{key: _tuple(value)
-                                         for key, value in values['world'].items()})
-    if 'stages' in values:
-        values['stages'] = tuple(Stage(**{key: _tuple(value) for key, value in stage.items()})
-                                 for stage in values['stages'])
-    recipe = Recipe(**values)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())}') from error
+    if isinstance(values, dict):
+        if 'world' in values:
+            values['world'] = _make(WorldConfig, values['world'], f'{path}, world')
+        if isinstance(values.get('stages'), list):
+            values['stages'] = tuple(_make(Stage, stage, f'{path}, stage {number}')
+                                     for number, stage in enumerate(values['stages'], start=1))
+    recipe: Recipe = _make(Recipe, values, str(path))
     if not recipe.stages or recipe.stages[-1].until < 1:
         raise ValueError(f'{path}: the last stage must last until 1.0')
     for stage in recipe.stages:
+        if stage.batch < 1:
+            raise ValueError(f'{path}: a batch has at least 1 pair; seen {stage.batch}')
         if any(side % 16 for side in stage.crop):
             raise ValueError(f'{path}: crop sides must be multiples of 16; seen {stage.crop}')
         if any(part > whole for part, whole in zip(stage.crop, stage.render)):
@@ -91,5 +89,21 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _make(kind: type[Any], values: Any, where: str) -> Any:
+    """Make a dataclass from a mapping; raises ValueError naming what is wrong ``where``."""
+    if not isinstance(values, dict):
+        raise ValueError(f'{where} must hold a mapping of fields; seen {values!r}')
+    known = {entry.name: entry for entry in fields(kind)}
+    unknown = sorted(str(key) for key in values if key not in known)
+    if unknown:
+        raise ValueError(f'{where}: unknown fields {", ".join(unknown)}; known are '
+                         f'{", ".join(known)}')
+    for key, value in values.items():
+        if isinstance(value, str) and known[key].type is not str:
+            raise ValueError(f'{where}: {key} must not be text; seen {value!r} (YAML reads 1e-4 '
+                             f'as text: write 1.0e-4)')
+    try:
+        return kind(**{key: tuple(value) if isinstance(value, list) else value
+                       for key, value in values.items()})
+    except TypeError as error:  # a field without a default is missing
+        raise ValueError(f'{where}: {error}') from error

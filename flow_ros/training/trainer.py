@@ -16,15 +16,17 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import json
 import math
 import os
 from pathlib import Path
+import pickle
 import time
 
 import torch
 from torch import distributed, Generator, nn, Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from flow_ros.networks import create, save
@@ -54,12 +56,16 @@ class Crew:
     size: int = 1
 
     @staticmethod
-    def from_environment() -> 'Crew':
+    def from_environment(device: torch.device) -> 'Crew':
         """Join the processes that torchrun has started; alone where it has not."""
         size = int(os.environ.get('WORLD_SIZE', '1'))
         if size > 1 and not distributed.is_initialized():
-            distributed.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+            distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         return Crew(rank=int(os.environ.get('RANK', '0')), size=size)
+
+    def share(self, batch: int) -> int:
+        """Return how many pairs of a batch one process takes; at least one."""
+        return max(1, batch // self.size)
 
     def mean_gradients(self, network: nn.Module) -> None:
         """Replace every gradient by its mean over the crew."""
@@ -106,7 +112,7 @@ class Scenes:
             with torch.no_grad():
                 self._kept[key] = self.world.pairs(
                     index * self.crew.size + self.crew.rank, size=stage.render,
-                    batch=max(1, stage.batch // self.crew.size),
+                    batch=self.crew.share(stage.batch),
                     largest_motion_px=stage.largest_motion_px)
             while len(self._kept) > self.keep:
                 self._kept.popitem(last=False)
@@ -151,8 +157,8 @@ class Trainer:
     def __init__(self, *, recipe: Recipe, folder: Path, device: torch.device | None = None,
                  initial: Path | None = None, save_every_s: float = 120.0) -> None:
         self.recipe, self.folder, self.save_every_s = recipe, folder, save_every_s
-        self.crew = Crew.from_environment()
-        self.device = device or torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+        self.device = own_device(device)
+        self.crew = Crew.from_environment(self.device)
         torch.manual_seed(recipe.seed)  # the initial weights
         network = create(recipe.network, initial)
         if not isinstance(network, DipRt):
@@ -219,7 +225,7 @@ class Trainer:
         if bool(torch.isfinite(norm)):  # a step that would spoil the weights is left out
             self.optimizer.step()
             self.average.update(self.network, step)
-        return float(loss.detach()), float(error), stage.batch
+        return float(loss.detach()), float(error), self.crew.share(stage.batch) * self.crew.size
 
     def loss(self, batch: Batch, random: Generator) -> tuple[Tensor, Tensor]:
         """Return the training loss and the final EPE (px) of one batch."""
@@ -259,11 +265,21 @@ class Trainer:
         temporary.replace(self.folder / 'state.pt')
 
     def _resume(self) -> None:
-        state = torch.load(self.folder / 'state.pt', map_location=self.device, weights_only=True)
-        self.network.load_state_dict(state['network'])
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.average.tensors = state['average']
-        self.progress = Progress(**state['progress'])
+        path = self.folder / 'state.pt'
+        try:
+            # To the CPU, and from there each to its place: Adam's counters stay on the CPU,
+            # where reading them does not wait for the GPU.
+            state = torch.load(path, map_location='cpu', weights_only=True)
+            self.network.load_state_dict(state['network'])
+            self.optimizer.load_state_dict(state['optimizer'])
+            self.average.tensors = {key: value.to(self.device)
+                                    for key, value in state['average'].items()}
+            self.progress = Progress(**state['progress'])
+        except (RuntimeError, ValueError, TypeError, KeyError, EOFError,
+                pickle.UnpicklingError) as error:
+            raise ValueError(f'{path} cannot be resumed by this version or network '
+                             f'({" ".join(str(error).split())[:150]}): train into another '
+                             f'folder, or remove it to begin again') from error
 
     def _averaged(self, act: Callable[[], None]) -> None:
         """Run ``act`` with the averaged weights in the network."""
@@ -277,8 +293,10 @@ class Trainer:
     def _calibrate(self) -> None:
         """Fit the confidence to held-out scenes, and keep it in the averaged weights."""
         def fit() -> None:
-            held_out = World(seed=self.recipe.seed + 1, device=self.device,
-                             config=self.recipe.world)
+            config = self.recipe.world
+            config = replace(config, surfaces=min(64, config.surfaces),  # for a few scenes
+                             bank_objects=min(128, config.bank_objects))
+            held_out = World(seed=self.recipe.seed + 1, device=self.device, config=config)
             self.average.tensors['calibration'] = calibrate(self.network, held_out,
                                                             self.recipe.stages[-1])
         self._averaged(fit)
@@ -321,15 +339,48 @@ def calibrate(network: DipRt, world: World, stage: Stage, *, batches: int = 12) 
         error = torch.hypot(difference[:, :1], difference[:, 1:])
         logits.append(torch.logit(raw).flatten()[::17])
         small.append((error < (0.05 * length).clamp(min=3)).flatten()[::17].double())
-    x, y = torch.cat(logits).double(), torch.cat(small)
+    return logistic_fit(torch.cat(logits).double(), torch.cat(small)).float()
+
+
+def logistic_fit(x: Tensor, y: Tensor) -> Tensor:
+    """Return (a, b) for which sigmoid(a x + b) is the most likely for ``y``, double (N,).
+
+    Newton's method on a convex cost, each step halved until the cost falls: undamped it runs
+    away to millions where the start is too sure of itself. A weak prior at (1, 0) keeps it
+    finite where all of ``y`` is one.
+    """
     design = torch.stack([x, torch.ones_like(x)], dim=1)
-    fit = torch.tensor([1.0, 0.0], dtype=torch.double, device=x.device)
-    for _ in range(25):  # Newton's method
+    unchanged, fit = x.new_tensor([1.0, 0.0]), x.new_zeros(2)
+
+    def cost(fit: Tensor) -> Tensor:
+        likely = functional.binary_cross_entropy_with_logits(design @ fit, y, reduction='sum')
+        return likely + (fit - unchanged).square().sum()
+
+    for _ in range(50):
         p = torch.sigmoid(design @ fit)
+        gradient = design.T @ (p - y) + 2 * (fit - unchanged)
         hessian = (design * (p * (1 - p))[:, None]).T @ design
-        ridge = 1e-3 * torch.eye(2, dtype=hessian.dtype, device=x.device)
-        fit = fit + torch.linalg.solve(hessian + ridge, design.T @ (y - p))
-    return fit.float()
+        move = torch.linalg.solve(hessian + 2 * torch.diag(torch.ones_like(fit)), gradient)
+        now = float(cost(fit))
+        while float(cost(fit - move)) > now and float(move.abs().max()) > 1e-9:
+            move = move / 2
+        fit = fit - move
+        if float(move.abs().max()) < 1e-7:
+            break
+    return fit
+
+
+def own_device(device: torch.device | None) -> torch.device:
+    """Return the device of this process: of torchrun's processes each has a GPU of its own."""
+    if device is None:
+        device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    if str(device) != 'cuda':  # one that is told by its number is taken
+        return device
+    rank, count = int(os.environ.get('LOCAL_RANK', '0')), torch.cuda.device_count()
+    if rank >= count:
+        raise ValueError(f'process {rank} of this machine has no GPU: torch sees {count}; start '
+                         f'at most one process per GPU, or train on the CPU (--device cpu)')
+    return torch.device('cuda', rank)
 
 
 def _between(low: int, high: int, random: Generator) -> int:

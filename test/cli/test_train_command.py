@@ -44,7 +44,7 @@ def test_train_ends_in_its_minutes_and_goes_on_from_there(
         tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ['train', '--recipe', str(recipe), '--out', str(tmp_path / 'run'),
                  '--device', 'cpu', '--minutes']
-    assert main([*arguments, '0.02']) == 0
+    assert main([*arguments, '0.001']) == 0
     first = capsys.readouterr().out
     assert str(tmp_path / 'run' / 'weights.safetensors') in first
     assert create('dip_rt', tmp_path / 'run' / 'weights.safetensors').name == 'dip_rt'
@@ -72,6 +72,16 @@ def test_an_unreadable_recipe_is_one_clear_error(
     (tmp_path / 'bad.yaml').write_text('minuets: 3')
     assert main(['train', '--recipe', str(tmp_path / 'bad.yaml')]) == 2
     assert 'unknown fields minuets' in capsys.readouterr().err
+
+
+def test_what_cannot_be_trained_is_one_clear_error(
+        tmp_path: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ['train', '--recipe', str(recipe), '--out', str(tmp_path / 'run')]
+    assert main([*arguments, '--device', 'gpu']) == 2
+    assert '--device gpu' in capsys.readouterr().err
+    recipe.write_text(RECIPE.replace('dip_rt', 'dip'))
+    assert main([*arguments, '--device', 'cpu']) == 2
+    assert "this trainer knows dip_rt; seen 'dip'" in capsys.readouterr().err
 
 
 def test_show_data_writes_a_page(tmp_path: Path, recipe: Path) -> None:
