@@ -42,8 +42,9 @@ def inverse_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor) ->
     # forward and backward, than one call for all seeds or half precision.
     a = features_a.to(flow.dtype).contiguous()
     b = features_b.to(flow.dtype).contiguous()
-    planes = [(a * sample(b, points + points.new_tensor(seed).view(1, 2, 1, 1)))
-              .mean(dim=1, keepdim=True) for seed in SEEDS]
+    # The seeds enter as numbers: as tensors each would wait for its copy to a GPU.
+    planes = [(a * sample(b, torch.stack([points[:, 0] + dx, points[:, 1] + dy], dim=1)))
+              .mean(dim=1, keepdim=True) for dx, dy in SEEDS]
     return torch.cat(planes, dim=1)
 
 

@@ -66,8 +66,8 @@ def resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
         return flow
     resized = functional.interpolate(flow, size=tuple(size), mode='bilinear',
                                      align_corners=False)
-    scale = flow.new_tensor([size[1] / width, size[0] / height])
-    return resized * scale[None, :, None, None]
+    return torch.cat([resized[:, :1] * (size[1] / width), resized[:, 1:] * (size[0] / height)],
+                     dim=1)
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from flow_ros.ops.sampling import warp
+from flow_ros.ops.sampling import inside, warp
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,7 @@ def random_crop(batch: Batch, crop: tuple[int, int], random: Generator) -> Batch
     cut = [values[..., top:top + crop[0], left:left + crop[1]]
            for values in (batch.image1, batch.image2, batch.flow, batch.occlusion)]
     flow = cut[2]
-    x = torch.arange(crop[1], device=flow.device) + flow[:, :1]
-    y = torch.arange(crop[0], device=flow.device)[:, None] + flow[:, 1:]
-    outside = (x < 0) | (x > crop[1] - 1) | (y < 0) | (y > crop[0] - 1)
-    return Batch(cut[0], cut[1], flow, cut[3] | outside)
+    return Batch(cut[0], cut[1], flow, cut[3] | ~inside(flow))
 
 
 def flip(batch: Batch, random: Generator) -> Batch:
