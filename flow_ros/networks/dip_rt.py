@@ -228,6 +228,10 @@ class DipRt(FlowNetwork):
             return State(features_a, features_b, level=16, flow=flow, schedule=cold,
                          memory=(features_a.tensors[1],))
         check_prior(prior_flow, features_a.size)
+        if prior_flow.shape[0] != match16.shape[0]:
+            raise ValueError(f'prior_flow must have the batch of the features, '
+                             f'{match16.shape[0]}; seen {prior_flow.shape[0]}')
+        prior_flow = prior_flow.to(match16.device, torch.float32)
         # A high quantile, so that one bad pixel of a prior does not double the work.
         motion = prior_flow.detach().abs().amax(dim=1)[..., ::8, ::8].flatten()
         large = float(torch.quantile(motion, 0.995)) > self.config.warm_level_px
@@ -241,6 +245,9 @@ class DipRt(FlowNetwork):
 
     def step(self, state: State, *, call: Call | None = None) -> State:
         """Do one iteration (propagation, then search) at the next step's level."""
+        if not state.schedule:
+            raise ValueError(f'all {len(state.done)} steps of this state are done: call '
+                             f'finish, or start again with more iterations')
         if state.schedule[0].level != state.level:
             state = self._finer(state)
         offset = 0 if state.level == 16 else 3

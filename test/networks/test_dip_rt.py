@@ -14,6 +14,8 @@
 
 """DIP-RT: its limits, its acts, and that they are the same computation in every guise."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -133,6 +135,9 @@ def test_the_probability_of_a_small_error_follows_the_mixture() -> None:
     (lambda n: n(*images(32, 32), iterations=0), 'at least 1'),
     (lambda n: n(*images(32, 32), prior_flow=torch.zeros(1, 2, 16, 16)), 'full-resolution'),
     (lambda n: n(*images(32, 32), prior_flow=torch.full((1, 2, 32, 32), float('nan'))), 'NaN'),
+    (lambda n: n(*images(32, 32, batch=2), prior_flow=torch.zeros(1, 2, 32, 32)), 'batch.*2'),
+    (lambda n: n.step(replace(n.start(*[n.encode(i) for i in images(32, 32)]), schedule=())),
+     'steps of this state are done'),
     (lambda n: n.engine('decode'), 'no engine'),
 ])
 @torch.no_grad()
