@@ -129,7 +129,9 @@ def network_estimator(network: 'FlowNetwork', *, iterations: int | None = None,
         was_training = network.training
         network.eval()
         try:
-            with torch.no_grad():  # runtimes trace in here, which inference mode forbids
+            # Not inference mode, in which runtimes cannot trace; without TF32, as they are, so
+            # that the numbers are those of any machine.
+            with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 output = estimate_pair(network, to_tensor(image1), to_tensor(image2),
                                        iterations=iterations, call=call)
                 flow = output.flow[0].float().permute(1, 2, 0).cpu().numpy()

@@ -23,6 +23,7 @@ class Stopwatch:
     """Splits the time from its making into named laps; laps of one name add up."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._cuda = device.type == 'cuda'
         self._laps: list[str] = []
         self._start = time.perf_counter()
@@ -54,5 +55,5 @@ class Stopwatch:
 
     def _record(self) -> None:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._events.append(event)
