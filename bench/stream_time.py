@@ -72,6 +72,7 @@ def measure(runtime: str, precision: str, options: argparse.Namespace,
           f'{1e3 / median:5.1f} frames/s, cold {cold} of {len(total)}; '
           + ', '.join(f'{act} {np.median([a[act] for a in acts]):.1f}' for act in acts[0]))
     return {'network': options.network, 'runtime': runtime, 'precision': precision,
+            'device': str(made.device),
             'size': f'{width}x{height}', 'iterations': options.iterations, 'warm': cold == 0,
             'ms_p10': low, 'ms_p50': median, 'ms_p90': high, 'fps': 1e3 / median}
 
@@ -91,8 +92,12 @@ def main() -> None:
     frames = [stream.frame(k).image for k in range(options.frames)]
     print(f'{options.network}, {width}x{height}, warm, {options.iterations} iterations per '
           f'level, {options.threads} threads, {platform.machine()}, torch {torch.__version__}')
+    ways = [('torch', 'f32'), ('openvino', 'f32'), ('openvino', 'fast')]
+    if torch.cuda.is_available():
+        print(f'torch on {torch.cuda.get_device_name()}')
+        ways.insert(1, ('torch', 'fast'))
     rows = []
-    for runtime, precision in (('torch', 'f32'), ('openvino', 'f32'), ('openvino', 'fast')):
+    for runtime, precision in ways:
         try:
             rows.append(measure(runtime, precision, options, frames))
         except RuntimeUnavailable as reason:
