@@ -47,7 +47,6 @@ from flow_ros.nodes.parameters import declare, values_of
 from flow_ros.nodes.process import tune_malloc
 from flow_ros.nodes.publishers import FlowTopics, needed_outputs
 from flow_ros.nodes.qos import input_qos
-from flow_ros.runtimes import RuntimeUnavailable
 from flow_ros.streaming import Budget, FlowEstimator, FlowResult
 
 LOOK_PERIOD_S = 0.5
@@ -116,7 +115,7 @@ class FlowNode(Node):
         if 0.0 < values['status_period_s'] <= seconds:
             rate = (self._flow_out - flow_then) / seconds
             self._said = (time.monotonic(), self._flow_out)
-            if self._images.received:
+            if self._images.taken:
                 counts = ', '.join(f'{name} {count}' for name, count in self._counts().items())
                 self.get_logger().info(f'{rate:.1f} flow/s, latency {self._latency_ms:.0f} ms; '
                                        f'{counts}')
@@ -127,8 +126,9 @@ class FlowNode(Node):
         ``frames_in`` is the sum of the next five: a flow, dropped for a newer frame, unusable,
         the first of a stream, nobody subscribed. ``lost`` are those the middleware lost.
         """
-        return {'frames_in': self._images.received, 'flow_out': self._flow_out,
-                'dropped': self._mailbox.dropped + self._stale, 'bad': self._bad,
+        replaced = self._images.replaced
+        return {'frames_in': self._images.taken + replaced, 'flow_out': self._flow_out,
+                'dropped': self._mailbox.dropped + self._stale + replaced, 'bad': self._bad,
                 'starts': self._starts, 'skipped': self._skipped, 'lost': self._images.lost}
 
     def _work(self) -> None:
@@ -240,8 +240,10 @@ def _start() -> FlowNode | None:
     """Return the node, or None after one message on what keeps it from starting."""
     try:
         return FlowNode()
-    except (WeightsError, RuntimeUnavailable, ParameterException, ValueError) as error:
+    # RuntimeError: RuntimeUnavailable, and what rclpy says of wrong QoS overrides.
+    except (WeightsError, ParameterException, RuntimeError, ValueError) as error:
         get_logger('flow').fatal(f'cannot start: {error}')
+        get_logger('flow').debug(traceback.format_exc())
         return None
 
 

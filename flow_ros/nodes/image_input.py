@@ -14,7 +14,7 @@
 
 """The subscription to images, which follows the QoS of the publishers it finds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import time
 from typing import Any
 
@@ -49,9 +49,20 @@ class ImageInput:
         self._reliability = ReliabilityPolicy.UNKNOWN
         self._last = time.monotonic()
         self._warnings = 0  # since the last frame; each waits twice as long as the one before
-        self.received = 0
+        self._newest: dict[bytes, int] = {}  # sequence number, by publisher
+        self._missed = self._lost_since = 0  # of those sent since the first frame heard
+        self.taken = 0
         self.lost = 0
         self.look(reliability)
+
+    @property
+    def replaced(self) -> int:
+        """The frames that a newer one replaced in the subscription's queue of one.
+
+        The middleware tells of what it lost, not of these: they are the missing sequence
+        numbers that it did not lose. 0 where it tells no sequence numbers.
+        """
+        return max(0, self._missed - self._lost_since)
 
     @property
     def resolved_topic(self) -> str:
@@ -91,24 +102,37 @@ class ImageInput:
         again = self._subscription is not None
         self.close()
         arguments: dict[str, Any] = {'qos_profile': input_qos(reliability)}
+        # Older rclpy gives a callback the message alone.
+        receive = (self._receive_with_info if hasattr(Subscription, 'CallbackType')
+                   else self._receive)
         events: dict[str, Any] = {'incompatible_qos': lambda event: None}  # look() tells more
         try:
             self._subscription = self._node.create_subscription(
-                Image, self._topic, self._receive, **arguments,
+                Image, self._topic, receive, **arguments,
                 event_callbacks=SubscriptionEventCallbacks(message_lost=self._lose, **events))
         except UnsupportedEventTypeError:  # a middleware that cannot count what it loses
             self._subscription = self._node.create_subscription(
-                Image, self._topic, self._receive, **arguments)
+                Image, self._topic, receive, **arguments)
         self._reliability = reliability
+        self._newest.clear()  # what was sent meanwhile was not for this subscription
         self._node.get_logger().info(
             f'subscribed to {self.resolved_topic}, {reliability.name.lower()}'
             + (' now, as its publishers are' if again else ''))
 
+    def _receive_with_info(self, message: Image, info: Mapping[str, Any]) -> None:
+        sequence, publisher = info.get('publication_sequence_number'), info.get('publisher_gid')
+        if sequence is not None and publisher is not None:
+            newest = self._newest.get(publisher['data'], sequence - 1)
+            self._missed += max(0, sequence - newest - 1)
+            self._newest[publisher['data']] = sequence
+        self._receive(message)
+
     def _receive(self, message: Image) -> None:
         self._last = time.monotonic()
         self._warnings = 0
-        self.received += 1
+        self.taken += 1
         self._callback(message)
 
     def _lose(self, event: Any) -> None:
         self.lost += event.total_count_change
+        self._lost_since += event.total_count_change if self._newest else 0
