@@ -192,7 +192,7 @@ def to_image(pixels: NDArray[Any], header: Header, *, encoding: str = '') -> Ima
     message.height, message.width = native.shape[:2]
     message.encoding = name
     message.is_bigendian = int(sys.byteorder == 'big')
-    message.step = native.strides[0] if native.size else 0
+    message.step = native.nbytes // native.shape[0] if native.size else 0
     # An array.array is taken as it is; assigning bytes is checked byte by byte: 100 ms.
     data = array('B')
     data.frombytes(native.reshape(-1).view(np.uint8).data)

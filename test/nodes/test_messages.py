@@ -199,6 +199,12 @@ def test_to_image_and_back(pixels, encoding):
     np.testing.assert_array_equal(image_view(message), pixels)
 
 
+def test_to_image_of_a_single_row_cut_from_a_larger_image():
+    # NumPy calls it contiguous whatever the stride of its one row is.
+    message = to_image(np.zeros((4, 5, 3), np.uint8)[::2][:1], Header())
+    assert (message.step, len(message.data)) == (15, 15)
+
+
 def test_to_image_of_a_reversed_view_with_a_stated_encoding():
     rgb = np.arange(18, dtype=np.uint8).reshape(2, 3, 3)
     message = to_image(rgb[..., ::-1], Header(), encoding='bgr8')
