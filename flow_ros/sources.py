@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 import math
 from pathlib import Path
+import re
 from typing import Any
 
 import cv2
@@ -36,7 +37,7 @@ Warn = Callable[[str], object]
 
 DEFAULT_FPS = 10.0
 DEFAULT_SIZE = (640, 480)
-IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
+IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 BAG_SUFFIXES = ('.db3', '.mcap')
 SYNTHETIC_FRAMES = 40
 IMAGE_TYPES = ('sensor_msgs/msg/Image', 'sensor_msgs/msg/CompressedImage')
@@ -129,12 +130,12 @@ def open_source(text: str, *, fps: float | None = None, size: tuple[int, int] | 
     if kind == 'synthetic':
         return _synthetic(rest, fps=fps, size=size, loop=loop)
     if kind == 'webcam':
-        return _webcam(rest or '0', size=size)
+        return _webcam(rest or '0', fps=fps, size=size)
     path = Path(text).expanduser()
     if not path.exists():
         raise SourceError(f'{text}: no such file or folder; expected {KINDS}')
     if path.is_char_device():
-        return _webcam(str(path), size=size)
+        return _webcam(str(path), fps=fps, size=size)
     if (path / 'metadata.yaml').is_file():
         return _bag(path, topic, decode, warn, fps=fps, size=size, loop=loop)
     if path.suffix.lower() in BAG_SUFFIXES:
@@ -170,11 +171,13 @@ def _synthetic(seed: str, *, fps: float | None, size: tuple[int, int] | None,
     return Source(f'synthetic scene, {width}x{height}', read, fps=fps, loop=loop)
 
 
-def _webcam(device: str, *, size: tuple[int, int] | None) -> Source:
+def _webcam(device: str, *, fps: float | None, size: tuple[int, int] | None) -> Source:
     capture = cv2.VideoCapture(int(device) if device.isdecimal() else device)
     if size is not None:
         capture.set(cv2.CAP_PROP_FRAME_WIDTH, size[0])
         capture.set(cv2.CAP_PROP_FRAME_HEIGHT, size[1])
+    if fps is not None:
+        capture.set(cv2.CAP_PROP_FPS, fps)
     if not capture.isOpened() or not capture.read()[0]:
         found = ', '.join(sorted(path.name for path in Path('/dev').glob('video*'))) or 'none'
         raise SourceError(f'webcam {device}: it gives no frames (in /dev: {found}); expected a '
@@ -196,7 +199,8 @@ def _webcam(device: str, *, size: tuple[int, int] | None) -> Source:
 
 def _folder(path: Path, warn: Warn, *, fps: float | None, size: tuple[int, int] | None,
             loop: bool) -> Source:
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted((file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES),
+                   key=_by_number)
     if not files:
         inside = ', '.join(sorted(file.name for file in path.iterdir())[:5]) or 'nothing'
         raise SourceError(f'{path}: no images in it (seen: {inside}); expected files '
@@ -211,6 +215,12 @@ def _folder(path: Path, warn: Warn, *, fps: float | None, size: tuple[int, int] 
                 yield Frame(_rgb(image), index / (fps or DEFAULT_FPS))
 
     return Source(f'{len(files)} images of {path}', read, size=size, loop=loop)
+
+
+def _by_number(file: Path) -> list[tuple[int, str]]:
+    """Return a key that sorts 2.png before 10.png."""
+    return [(int(part), '') if part.isdecimal() else (-1, part)
+            for part in re.split(r'(\d+)', file.name)]
 
 
 def _video(path: Path, *, fps: float | None, size: tuple[int, int] | None,

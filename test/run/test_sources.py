@@ -109,6 +109,13 @@ def test_folder_takes_fps_and_size(tmp_path: Path) -> None:
     assert index_of(cv2.resize(frames[2].image, SIZE)) == 2
 
 
+def test_folder_goes_by_number(tmp_path: Path) -> None:
+    for index, name in enumerate(('7.png', '8.png', '9.png', '10.png', '11.png')):
+        cv2.imwrite(str(tmp_path / name), picture(index)[..., ::-1])
+    frames = list(open_source(str(tmp_path), loop=False))
+    assert [index_of(frame.image) for frame in frames] == [0, 1, 2, 3, 4]
+
+
 def test_folder_skips_a_damaged_image_and_says_so(tmp_path: Path) -> None:
     folder = write_images(tmp_path / 'images')
     (folder / '002.png').write_bytes(b'no image')
