@@ -14,7 +14,7 @@
 
 """Start the flow node, and RViz where it is asked for."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from ament_index_python.packages import get_package_share_directory
 from launch import LaunchContext, LaunchDescription
@@ -52,8 +52,9 @@ def arguments() -> list[DeclareLaunchArgument]:
                               description='Namespace of the node and its topics'),
         DeclareLaunchArgument('image', default_value='image',
                               description='Topic of the images (sensor_msgs/Image)'),
-        DeclareLaunchArgument('camera_info', default_value='camera_info',
-                              description='Topic of the camera info'),
+        DeclareLaunchArgument('camera_info', default_value='',
+                              description='Topic of the camera info; empty: camera_info beside '
+                                          'the images, as camera drivers have it'),
         DeclareLaunchArgument('params_file', default_value=str(SHARE / 'config' / 'flow.yaml'),
                               description='Parameters file'),
         choice('network'),
@@ -87,7 +88,9 @@ def nodes(context: LaunchContext) -> list[Action]:
         except ValueError:
             raise ValueError(f'budget is {given["budget"]!r}; expected a number of iterations '
                              f'per level, such as budget:=2') from None
-    remappings = [('image', given['image']), ('camera_info', given['camera_info'])]
+    camera_info = (given['camera_info']
+                   or str(PurePosixPath(given['image']).with_name('camera_info')))
+    remappings = [('image', given['image']), ('camera_info', camera_info)]
     environment = ({profile_variable(): str(SHARE / 'config' / 'fastdds.xml')}
                    if given['fastdds_profile'] == 'true' else {})
     started: list[Action] = [

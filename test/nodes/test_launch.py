@@ -63,6 +63,17 @@ def test_the_launch_file_starts_the_node_with_what_it_is_given(monkeypatch):
     flow, rviz = description.entities[-1].execute(context)
     assert (flow.node_package, flow.node_executable) == ('flow_ros', 'flow_node')
     assert (rviz.node_package, rviz.node_executable) == ('rviz2', 'rviz2')
+    for node in (flow, rviz):
+        node._perform_substitutions(context)
+        assert dict(node.expanded_remapping_rules) == {
+            'image': '/camera/image_raw', 'camera_info': '/camera/camera_info'}
+    assert flow.node_name == '/front/flow'
+    parameters = {}
+    for file, _ in flow._Node__expanded_parameter_arguments:
+        for of_node in yaml.safe_load(Path(file).read_text(encoding='utf-8')).values():
+            parameters |= of_node['ros__parameters']
+    assert (parameters['iterations'], parameters['direction']) == (3, 'both')
+    assert parameters['use_sim_time'] is False
     context.launch_configurations['budget'] = 'much'
     with pytest.raises(ValueError, match="budget is 'much'; expected a number"):
         description.entities[-1].execute(context)
