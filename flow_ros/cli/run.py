@@ -133,6 +133,9 @@ def make_environment(base: Mapping[str, str]) -> dict[str, str]:
     if environment.get('ROS_DISTRO') == 'humble':  # which knows no discovery range
         environment.setdefault('ROS_LOCALHOST_ONLY', '1')
     environment['PYTHONUNBUFFERED'] = '1'
+    # Warnings are found in the nodes' output by how a line begins.
+    environment['RCUTILS_COLORIZED_OUTPUT'] = '0'
+    environment['RCUTILS_CONSOLE_OUTPUT_FORMAT'] = '[{severity}] [{time}] [{name}]: {message}'
     return environment
 
 

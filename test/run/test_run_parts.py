@@ -116,7 +116,14 @@ def test_what_the_user_has_set_is_kept() -> None:
     assert Path(made['FASTDDS_DEFAULT_PROFILES_FILE']).name == 'fastdds.xml'
     mine = {'ROS_DOMAIN_ID': '42', 'ROS_AUTOMATIC_DISCOVERY_RANGE': 'SUBNET',
             'FASTDDS_DEFAULT_PROFILES_FILE': 'mine.xml', 'AMENT_PREFIX_PATH': '/opt/ros/jazzy'}
-    assert command.make_environment(mine) == {**mine, 'PYTHONUNBUFFERED': '1'}
+    assert mine.items() <= command.make_environment(mine).items()
+
+
+def test_warnings_look_the_same_whatever_the_user_has_set() -> None:
+    mine = {'RCUTILS_COLORIZED_OUTPUT': '1', 'RCUTILS_CONSOLE_OUTPUT_FORMAT': '{message}'}
+    made = command.make_environment(mine)
+    assert made['RCUTILS_COLORIZED_OUTPUT'] == '0'
+    assert made['RCUTILS_CONSOLE_OUTPUT_FORMAT'].startswith('[{severity}] ')
 
 
 def test_ament_prefix_is_that_of_the_wheels(tmp_path: Path,
