@@ -76,7 +76,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run until told to end; 0 if flow came out."""
+    """Run until told to end; 1 where something went wrong."""
     if options.duration < 0.0:
         raise CommandError(f'duration {options.duration:g} s: expected more than 0')
     if options.params_file is not None and not options.params_file.is_file():
@@ -273,8 +273,9 @@ class Stage:
             on_line=lambda line: self._hear(name, line))
 
     def running_status(self) -> Status:
-        """Return the status without what was dropped before the first flow."""
-        return replace(self.status, dropped=self.status.dropped - self.dropped_at_start)
+        """Return the status without the frames that were dropped before the first flow."""
+        return replace(self.status, dropped=self.status.dropped - self.dropped_at_start,
+                       frames_in=self.status.frames_in - self.dropped_at_start)
 
     def ask_to_end(self) -> None:
         """End the run as soon as may be; for signal handlers."""

@@ -242,8 +242,9 @@ def _start() -> FlowNode | None:
         return FlowNode()
     # RuntimeError: RuntimeUnavailable, and what rclpy says of wrong QoS overrides.
     except (WeightsError, ParameterException, RuntimeError, ValueError) as error:
-        get_logger('flow').fatal(f'cannot start: {error}')
-        get_logger('flow').debug(traceback.format_exc())
+        if rclpy.ok():  # else it was told to end meanwhile
+            get_logger('flow').fatal(f'cannot start: {error}')
+            get_logger('flow').debug(traceback.format_exc())
         return None
 
 
@@ -255,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         node = _start()
         if node is None:
-            return 1
+            return 1 if rclpy.ok() else 0
         executor = SingleThreadedExecutor()
         executor.add_node(node)
         executor.spin()
