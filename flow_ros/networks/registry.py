@@ -140,7 +140,10 @@ def _read(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         loaded = torch.load(path, map_location='cpu', weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise WeightsError(f'weights file {path} cannot be read: {error}. Expected safetensors '
+        # What torch says there advises to run the file's code.
+        why = ('it is no checkpoint, or holds more than tensors'
+               if isinstance(error, pickle.UnpicklingError) else error)
+        raise WeightsError(f'weights file {path} cannot be read: {why}. Expected safetensors '
                            f'or a torch checkpoint of plain tensors; fetch it again') from error
     if isinstance(loaded, dict) and isinstance(loaded.get('state_dict'), dict):
         loaded = loaded['state_dict']

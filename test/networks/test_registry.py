@@ -100,8 +100,10 @@ def test_unusable_files_are_clear_errors(tmp_path: Path, kind: str) -> None:
         torch.save([1, 2], path)
     elif kind == 'code':
         torch.save({'a': Evil(tmp_path / 'touched')}, path)
-    with pytest.raises(WeightsError, match=str(path)):
+    with pytest.raises(WeightsError, match=str(path)) as caught:
         create('dip_rt', path)
+    assert 'weights_only' not in str(caught.value)
+    assert '\n' not in str(caught.value)
     assert not (tmp_path / 'touched').exists()
 
 
