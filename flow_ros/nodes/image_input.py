@@ -117,7 +117,7 @@ class ImageInput:
         self._newest.clear()  # what was sent meanwhile was not for this subscription
         self._node.get_logger().info(
             f'subscribed to {self.resolved_topic}, {reliability.name.lower()}'
-            + (' now, as its publishers are' if again else ''))
+            + (' now' if again else ''))
 
     def _receive_with_info(self, message: Image, info: Mapping[str, Any]) -> None:
         sequence, publisher = info.get('publication_sequence_number'), info.get('publisher_gid')
