@@ -46,7 +46,7 @@ from flow_ros.networks.base import (
     Step,
 )
 from flow_ros.ops.matching import inverse_propagation, local_search, SEEDS
-from flow_ros.ops.sampling import pad_to_multiple, resize_flow, warp
+from flow_ros.ops.sampling import inside, pad_to_multiple, resize_flow, warp
 from flow_ros.ops.upsampling import convex_upsample
 
 
@@ -263,9 +263,12 @@ class DipRt(FlowNetwork):
         flow, confidence, occlusion = (call or self.engine)('finish', state.memory[0],
                                                              state.flow)
         height, width = state.features_a.size
-        return FlowOutput(flow=flow[..., :height, :width],
-                          confidence=confidence[..., :height, :width],
-                          occlusion=occlusion[..., :height, :width])
+        flow, confidence, occlusion = (values[..., :height, :width]
+                                       for values in (flow, confidence, occlusion))
+        # What leaves the image has no counterpart: the flow says so, and better than the head,
+        # which sees the padded image only. Half a px is the rest of the outermost pixel.
+        occlusion = torch.where(inside(flow, border=0.5), occlusion, 1.0)
+        return FlowOutput(flow=flow, confidence=confidence, occlusion=occlusion)
 
     def _finer(self, state: State) -> State:
         """Move from 1/16 to 1/8: the flow resized, the hidden state fresh, as in DIP."""

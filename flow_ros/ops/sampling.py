@@ -51,12 +51,16 @@ def warp(image: Tensor, flow: Tensor, padding: str = 'border') -> Tensor:
     return sample(image, pixel_grid(height, width, flow) + flow, padding)
 
 
-def inside(flow: Tensor) -> Tensor:
-    """Return (B, 1, H, W) bool: True where x + flow(x) lies within the image."""
+def inside(flow: Tensor, border: float = 0.0) -> Tensor:
+    """Return (B, 1, H, W) bool: True where x + flow(x) lies within the image.
+
+    The image ends ``border`` px past the centres of its outermost pixels.
+    """
     height, width = flow.shape[-2:]
     target = pixel_grid(height, width, flow) + flow
     x, y = target[:, :1], target[:, 1:]
-    return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    return ((x >= -border) & (x <= width - 1 + border)
+            & (y >= -border) & (y <= height - 1 + border))
 
 
 def resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:

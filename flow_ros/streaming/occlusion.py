@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flow_ros.ops.sampling import pixel_grid, warp
+from flow_ros.ops.sampling import inside, warp
 
 ALPHA = 0.01
 BETA = 0.5
@@ -60,19 +60,10 @@ def check_consistency(flow: Tensor, other: Tensor) -> ConsistencyCheck:
     squared_error = (flow + back).square().sum(dim=1, keepdim=True)
     squared_flow = flow.square().sum(dim=1, keepdim=True)
     allowed = ALPHA * (squared_flow + back.square().sum(dim=1, keepdim=True)) + BETA
-    leaves = _leaves_image(flow)
+    leaves = ~inside(flow, BORDER)
     # Not (error <= allowed), so that NaN counts as occluded.
     occluded = ~(squared_error <= allowed) | leaves
     tolerated = (0.05 ** 2 * squared_flow).clamp(min=3.0 ** 2)
     confidence = 1 / (1 + squared_error / tolerated)
     confidence = torch.where(leaves, 0.0, torch.nan_to_num(confidence))
     return ConsistencyCheck(occluded=occluded, confidence=confidence)
-
-
-def _leaves_image(flow: Tensor) -> Tensor:
-    """Return (B, 1, H, W) bool: True where x + F(x) lies outside the area of the image."""
-    height, width = flow.shape[-2:]
-    target = pixel_grid(height, width, flow) + flow
-    x, y = target[:, :1], target[:, 1:]
-    kept = (x >= -BORDER) & (x <= width - 1 + BORDER)
-    return ~(kept & (y >= -BORDER) & (y <= height - 1 + BORDER))

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flow_ros.networks import count_parameters, create
 from flow_ros.networks.dip_rt import DipRt, error_probability
+from flow_ros.ops.sampling import pixel_grid
 
 torch.set_num_threads(1)
 
@@ -67,6 +68,20 @@ def test_any_size_gives_full_resolution(network: DipRt, size: tuple[int, int]) -
     for share in (output.confidence, output.occlusion):
         assert share.shape == (2, 1, *size)
         assert bool(((share >= 0) & (share <= 1)).all())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('size', [(48, 64), (40, 58)])
+def test_what_leaves_the_image_is_occluded(network: DipRt, size: tuple[int, int]) -> None:
+    """Also where the padded image goes on."""
+    one, two = (network.encode(image) for image in images(*size))
+    state = network.start(one, two, prior_flow=torch.full((1, 2, *size), 5.0), iterations=1)
+    output = network.finish(state)
+    target = output.flow[0] + pixel_grid(*size, output.flow)[0]
+    leaves = (target[0] > size[1] - 0.5) | (target[1] > size[0] - 0.5)
+    assert bool(leaves.any())
+    assert bool((output.occlusion[0, 0][leaves] == 1).all())
+    assert bool((output.occlusion[0, 0][5:25, 5:25] < 1).all())
 
 
 @torch.no_grad()

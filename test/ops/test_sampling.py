@@ -60,6 +60,7 @@ def test_inside_counts_the_border_as_inside() -> None:
     flow = torch.zeros(1, 2, 2, 3)
     flow[0, 0, 0] = torch.tensor([2.0, 2.0, -2.5])
     assert inside(flow)[0, 0].tolist() == [[True, False, False], [True, True, True]]
+    assert inside(flow, 0.5)[0, 0].tolist() == [[True, False, True], [True, True, True]]
 
 
 def test_padding_replicates_the_right_and_lower_border() -> None:
