@@ -41,6 +41,8 @@ def run(options: argparse.Namespace) -> int:
     from flow_ros.training.recipe import read_recipe
     from flow_ros.visualization import flow_to_color, strip
 
+    if options.rows < 1:
+        raise CommandError(f'--rows must be at least 1; seen {options.rows}')
     try:
         recipe = read_recipe(options.recipe)
     except (OSError, ValueError) as error:

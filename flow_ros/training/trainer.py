@@ -130,11 +130,13 @@ class Average:
     def update(self, network: nn.Module, step: int) -> None:
         """Move towards ``network``; early steps are forgotten faster."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for key, value in network.state_dict().items():
-            if value.is_floating_point():
-                self.tensors[key].lerp_(value.detach(), 1 - decay)
-            else:
-                self.tensors[key].copy_(value)
+        state = network.state_dict()
+        smooth = [key for key, value in state.items() if value.is_floating_point()]
+        # All in one launch: there are two hundred of them.
+        torch._foreach_lerp_([self.tensors[key] for key in smooth],
+                             [state[key].detach() for key in smooth], 1 - decay)
+        for key in state.keys() - set(smooth):
+            self.tensors[key].copy_(state[key])
 
 
 @dataclass(frozen=True)
@@ -258,11 +260,14 @@ class Trainer:
         self._averaged(lambda: save(self.network, self.folder / 'weights.safetensors', metadata={
             'step': str(self.progress.step), 'pairs': str(self.progress.pairs),
             'minutes': f'{self.progress.minutes:.1f}'}))
-        state = {'network': self.network.state_dict(), 'optimizer': self.optimizer.state_dict(),
-                 'average': self.average.tensors, 'progress': vars(self.progress)}
-        temporary = self.folder / 'state.part'
-        torch.save(state, temporary)
-        temporary.replace(self.folder / 'state.pt')
+        state = {'network': self.network.state_dict(), 'average': self.average.tensors,
+                 'progress': vars(self.progress)}
+        # Two files, each small enough for what carries at most 16 MiB a file.
+        moments = {'optimizer': self.optimizer.state_dict(), 'step': self.progress.step}
+        for name, content in (('optimizer', moments), ('state', state)):
+            torch.save(content, self.folder / f'{name}.part')
+        for name in ('optimizer', 'state'):
+            (self.folder / f'{name}.part').replace(self.folder / f'{name}.pt')
 
     def _resume(self) -> None:
         path = self.folder / 'state.pt'
@@ -271,15 +276,24 @@ class Trainer:
             # where reading them does not wait for the GPU.
             state = torch.load(path, map_location='cpu', weights_only=True)
             self.network.load_state_dict(state['network'])
-            self.optimizer.load_state_dict(state['optimizer'])
+            self._resume_optimizer(state['progress']['step'])
             self.average.tensors = {key: value.to(self.device)
                                     for key, value in state['average'].items()}
             self.progress = Progress(**state['progress'])
-        except (RuntimeError, ValueError, TypeError, KeyError, EOFError,
+        except (RuntimeError, ValueError, TypeError, KeyError, EOFError, OSError,
                 pickle.UnpicklingError) as error:
             raise ValueError(f'{path} cannot be resumed by this version or network '
                              f'({" ".join(str(error).split())[:150]}): train into another '
                              f'folder, or remove it to begin again') from error
+
+    def _resume_optimizer(self, step: int) -> None:
+        path = self.folder / 'optimizer.pt'
+        moments = torch.load(path, map_location='cpu', weights_only=True)
+        if moments['step'] == step:
+            self.optimizer.load_state_dict(moments['optimizer'])
+        else:  # ended between two renamings: a pity, but no reason to lose the run
+            tqdm.write(f'{path} is of step {moments["step"]}, the state of step {step}: '
+                       f'the optimizer begins afresh')
 
     def _averaged(self, act: Callable[[], None]) -> None:
         """Run ``act`` with the averaged weights in the network."""

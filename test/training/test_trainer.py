@@ -81,6 +81,21 @@ def test_a_resumed_run_continues_as_the_unbroken_one(tmp_path: Path) -> None:
     assert begun + steps(resumed, 2) == unbroken
 
 
+def test_a_run_killed_between_its_two_files_goes_on(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(recipe=TINY, folder=tmp_path, device=torch.device('cpu'))
+    trainer.step(0.5)
+    trainer.save()
+    old = (tmp_path / 'state.pt').read_bytes()
+    trainer.progress = Progress(1, 2, 0.0)
+    trainer.save()
+    (tmp_path / 'state.pt').write_bytes(old)  # its renaming never came
+    resumed = Trainer(recipe=TINY, folder=tmp_path, device=torch.device('cpu'))
+    assert resumed.progress.step == 0
+    assert 'begins afresh' in capsys.readouterr().out
+    assert all(path.stat().st_size < 16 << 20 for path in tmp_path.iterdir())
+
+
 def test_two_processes_train_one_network(tmp_path: Path) -> None:
     """Real gloo over loopback: both see the mean gradient, so both keep the same weights."""
     script = f"""
