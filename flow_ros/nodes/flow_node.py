@@ -262,6 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         executor.spin()
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except RuntimeError:  # rclpy's InvalidHandle and RCLError among them
+        if rclpy.ok():
+            raise  # else told to end while it looked at its publishers
     finally:
         if current_thread() is main_thread():  # a second Ctrl-C must not cut this short
             signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -282,6 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 node.window.update()
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except RuntimeError:  # rclpy's InvalidHandle and RCLError among them
+        if rclpy.ok():
+            raise  # else told to end meanwhile
     finally:
         if current_thread() is main_thread():  # a second Ctrl-C must not lose the files
             signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -26,7 +26,7 @@ import time
 import cv2
 from rcl_interfaces.msg import ParameterDescriptor
 import rclpy
-from rclpy.exceptions import InvalidHandle, ParameterException
+from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -117,8 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (SourceError, ParameterException) as error:
         rclpy.logging.get_logger('source').fatal(str(error))
         return 1
-    except InvalidHandle:
-        pass  # told to end in the middle of a frame
+    except RuntimeError:  # rclpy's InvalidHandle and RCLError among them
+        if rclpy.ok():
+            raise  # else told to end in the middle of a frame
     finally:
         if current_thread() is main_thread():
             signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -112,6 +112,32 @@ def test_truth_has_the_header_of_its_frame(context: Context) -> None:
     assert np.isfinite(image_view(truths[0])).all()
 
 
+ALWAYS_PUBLISHING = """
+import sys
+import numpy as np
+from flow_ros.nodes import source_node
+from flow_ros.sources import Frame, Source
+image = np.zeros((480, 640, 3), np.uint8)
+source_node.open_source = lambda *_, **__: Source(
+    'no pause', lambda: (Frame(image, 1e-4 * index) for index in range(10 ** 6)), live=True)
+sys.exit(source_node.main())
+"""
+
+
+def test_told_to_end_in_the_middle_of_a_frame_it_ends_quietly() -> None:
+    source = subprocess.Popen([sys.executable, '-c', ALWAYS_PUBLISHING], text=True,
+                              env={**os.environ, 'ROS_DOMAIN_ID': str(DOMAIN)},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert source.stdout is not None
+    while 'ready' not in (line := source.stdout.readline()):
+        assert line, 'it ended by itself'
+    time.sleep(0.5)
+    source.send_signal(signal.SIGTERM)
+    output = source.communicate(timeout=60)[0]
+    assert source.returncode == 0, output
+    assert 'Traceback' not in output
+
+
 @pytest.mark.parametrize(('parameter', 'message'), [
     ('source:=/nowhere/at/all', 'no such file or folder'), ('size:=640x', 'WIDTHxHEIGHT'),
     ('size:=640', "expecting type 'STRING'")])
