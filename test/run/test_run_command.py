@@ -78,7 +78,8 @@ def previews(output: str) -> list[Path]:
 
 
 def test_synthetic_for_some_seconds(out: Path, weights: Path) -> None:
-    run = start(out, '--weights', weights, '--duration', 4, '--size', SIZE)
+    # The consumer may be found some seconds after the others.
+    run = start(out, '--weights', weights, '--duration', 8, '--size', SIZE)
     output, errors = run.communicate(timeout=120)
     assert run.returncode == 0, output + errors
     assert 'Traceback' not in output + errors

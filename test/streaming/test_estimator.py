@@ -16,6 +16,7 @@ import math
 import os
 from pathlib import Path
 import threading
+import time
 
 from block_matching import BlockMatching
 import cv2
@@ -416,8 +417,9 @@ def test_settings_change_from_another_thread_while_frames_are_worked_on():
                 flow.outputs = ({'flow'}, {'occlusion'})[k % 2]
                 flow.budget = Budget(iterations=1 + k % 3)
                 flow.warm_start = k % 5 > 0
-                if k % 50 == 0:
+                if k % 200 == 100:  # not so often that no pair is left
                     flow.reset()
+                time.sleep(0.001)
             except Exception as error:
                 errors.append(error)
 
