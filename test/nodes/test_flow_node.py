@@ -443,15 +443,22 @@ def test_a_change_of_size_is_one_warning_and_starts_again(world):
 def test_stamps_going_back_are_one_warning_and_start_again(world):
     last = world.start_stream()
     since = len(world.process.lines)
-    first = world.image(later=-50.0)
-    world.camera.publish(first)
-    world.process.wait_for('[WARN]', IMAGE, f'{last.header.stamp.sec}.', 'expected a later one',
-                           since=since)
+    for _ in range(5):  # the node may have forgotten the stream before: then there is no "back"
+        first = world.image(later=-50.0)
+        world.camera.publish(first)
+        end = time.monotonic() + 3.0
+        while not (told := [line for line in warnings_since(world, since)
+                            if 'expected a later one' in line]) and time.monotonic() < end:
+            time.sleep(0.01)
+        if told:
+            break
     world.camera.publish(world.image())
     assert world.wait_answer('flow', first.header.stamp)
     assert not world.answers('flow', last.header.stamp)
-    assert len(warnings_since(world, since)) == 1
-    world.stamp += 100.0
+    told = [line for line in warnings_since(world, since) if 'expected a later one' in line]
+    assert len(told) == 1, '\n'.join(world.process.lines[since:])
+    assert IMAGE in told[0]
+    world.stamp += 500.0
 
 
 def test_a_stamp_that_comes_twice_is_one_warning_and_left_out(world):
@@ -461,7 +468,8 @@ def test_a_stamp_that_comes_twice_is_one_warning_and_left_out(world):
     world.process.wait_for('[WARN]', IMAGE, 'two frames have the stamp', since=since)
     world.camera.publish(world.image())
     assert world.wait_answer('flow', last.header.stamp)
-    assert len(warnings_since(world, since)) == 1
+    told = [line for line in warnings_since(world, since) if 'two frames have the stamp' in line]
+    assert len(told) == 1, '\n'.join(world.process.lines[since:])
 
 
 def test_a_reliable_vga_camera_with_default_transport_loses_nothing(world):
