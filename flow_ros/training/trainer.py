@@ -14,7 +14,6 @@
 
 """Trains DIP-RT on the procedural world, on a CPU or a GPU, alone or by torchrun, and resumes."""
 
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 import json
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from flow_ros.networks import create, save
 from flow_ros.networks.dip_rt import DipRt, error_probability
-from flow_ros.synthetic.world import Pairs, World
+from flow_ros.synthetic.world import World
 from flow_ros.training.augment import augment, Batch, degraded_prior
 from flow_ros.training.losses import (
     matching_loss,
@@ -39,6 +38,7 @@ from flow_ros.training.losses import (
     occlusion_loss,
     sequence_loss,
 )
+from flow_ros.training.procedural import Procedural
 from flow_ros.training.recipe import Recipe, Stage
 
 WARM_LIMIT_PX = 64.0
@@ -90,35 +90,6 @@ class Crew:
         return float(shared)
 
 
-class Scenes:
-    """Rendered scenes by index; each is kept while it may be used again."""
-
-    def __init__(self, world: World, *, crew: Crew, reuse: int, keep: int = 12) -> None:
-        self.world, self.crew, self.reuse, self.keep = world, crew, reuse, keep
-        self._kept: OrderedDict[tuple[int, Stage], Pairs] = OrderedDict()
-
-    def batch(self, step: int, stage: Stage, random: Generator) -> Batch:
-        """Return the pairs of ``step``: a recent scene in one direction; a function of step."""
-        newest = step // self.reuse
-        age = int(torch.randint(0, min(self.keep, newest + 1), (1,), generator=random))
-        pairs = self._pairs(newest - age, stage)
-        if bool(torch.rand(1, generator=random) < 0.5):
-            return Batch(pairs.image1, pairs.image2, pairs.forward, pairs.occluded_forward)
-        return Batch(pairs.image2, pairs.image1, pairs.backward, pairs.occluded_backward)
-
-    def _pairs(self, index: int, stage: Stage) -> Pairs:
-        key = (index, stage)
-        if key not in self._kept:
-            with torch.no_grad():
-                self._kept[key] = self.world.pairs(
-                    index * self.crew.size + self.crew.rank, size=stage.render,
-                    batch=self.crew.share(stage.batch),
-                    largest_motion_px=stage.largest_motion_px)
-            while len(self._kept) > self.keep:
-                self._kept.popitem(last=False)
-        return self._kept[key]
-
-
 class Average:
     """Exponential moving average of weights and buffers."""
 
@@ -168,7 +139,8 @@ class Trainer:
         self.network = network.to(self.device)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.world = World(seed=recipe.seed, device=self.device, config=recipe.world)
-        self.scenes = Scenes(self.world, crew=self.crew, reuse=recipe.reuse)
+        self.data = Procedural(self.world, rank=self.crew.rank, processes=self.crew.size,
+                               reuse=recipe.reuse)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=recipe.learning_rate,
                                            weight_decay=recipe.weight_decay)
         self.average = Average(self.network, recipe.ema)
@@ -215,7 +187,7 @@ class Trainer:
         stage = next(stage for stage in recipe.stages if share < stage.until or stage.until >= 1)
         stream = (recipe.seed * 1_000_003 + step) * self.crew.size + self.crew.rank
         random = Generator().manual_seed(stream)
-        batch = augment(self.scenes.batch(step, stage, random), stage.crop, random)
+        batch = self.data.batch(step, stage, random)
         for group in self.optimizer.param_groups:
             group['lr'] = recipe.learning_rate * schedule(share, recipe.warmup)
         self.network.train()
