@@ -34,6 +34,7 @@ import math
 import torch
 from torch import nn, Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from flow_ros.networks.base import (
     Call,
@@ -357,15 +358,10 @@ class DIP(FlowNetwork):
             raise ValueError(f'all {len(state.done)} steps of this state are done: call '
                              f'finish, or start again with more iterations')
         run = call or self.engine
-        level = state.schedule[0].level
-        if level != state.level:
-            hidden = state.memory[0]
-            fine, = run('upsample', hidden, state.flow)
-            flow = _resize(fine, _map(state.features_a, level))
-            state = self._enter(state, level, flow, state.memory[2:])
+        state = self._on_the_next_level(state, run)
         hidden, context, *noise = state.memory
-        hidden, flow = run('step', _at(state.features_a, level), _at(state.features_b, level),
-                           context, hidden, state.flow)
+        hidden, flow = run('step', _at(state.features_a, state.level),
+                           _at(state.features_b, state.level), context, hidden, state.flow)
         return state.advanced(flow=flow, memory=(hidden, context, *noise))
 
     def finish(self, state: State, *, call: Call | None = None) -> FlowOutput:
@@ -373,30 +369,57 @@ class DIP(FlowNetwork):
         fine, = (call or self.engine)('upsample', state.memory[0], state.flow)
         return FlowOutput(_to_image(fine, state))
 
-    def predictions(self, image1: Tensor, image2: Tensor,
-                    iterations: int | None = None) -> list[Tensor]:
-        """Return every full-resolution flow of a cold start, for training.
+    def predictions(self, image1: Tensor, image2: Tensor, *, iterations: int | None = None,
+                    prior_flow: Tensor | None = None, noise: Sequence[Tensor] | None = None,
+                    checkpointed: bool = False) -> list[Tensor]:
+        """Return every full-resolution flow (B, 2, H, W) of one run, in order, for training.
 
-        One after each propagation and one after each search, so 4 per iteration: first those
-        of level 16, then those of level 4. The released training weighs them 0.8**(N - i - 1).
+        One after each propagation and one after each search: 2 per iteration and level, so 4
+        per iteration of a cold start, those of level 16 first. Section 4.1 weighs them
+        0.8**(N - i - 1). The last one is the flow that ``forward`` returns.
+        ``iterations``, ``prior_flow`` and ``noise`` are those of ``start``; the paper trains
+        from a random start: ``noise`` = one tensor, uniform within +-16 px, at 1/16.
+        ``checkpointed`` keeps nothing of an iteration but its results and computes the rest
+        again in the backward pass: a third more time for a small part of the memory.
         """
         check_images(image1, image2)
-        state = self.start(self.encode(image1), self.encode(image2), iterations=iterations)
+        stacked = self.encode(torch.cat([image1, image2]))  # no norm mixes the samples
+        batch = image1.shape[0]
+        state = self.start(
+            Features(tuple(values[:batch] for values in stacked.tensors), stacked.size),
+            Features(tuple(values[batch:] for values in stacked.tensors), stacked.size),
+            prior_flow=prior_flow, iterations=iterations, noise=noise)
         flows: list[Tensor] = []
         while state.schedule:
-            level = state.schedule[0].level
-            if level != state.level:
-                fine, = self.upsample_engine(state.memory[0], state.flow)
-                state = self._enter(state, level, fine, ())
-            hidden, context = state.memory
-            flow = state.flow
-            maps = _at(state.features_a, level), _at(state.features_b, level)
-            for move, block in ((self._propagate, self.update_block_s),
-                                (self._search, self.update_block)):
-                hidden, flow = move(*maps, context, hidden, flow)
-                flows.append(_to_image(block.upsample(hidden, flow), state))
-            state = state.advanced(flow=flow, memory=(hidden, context))
+            state = self._on_the_next_level(state, self.engine)
+            hidden, context, *rest = state.memory
+            inputs = (_at(state.features_a, state.level), _at(state.features_b, state.level),
+                      context, hidden, state.flow)
+            if checkpointed:
+                hidden, flow, *fine = checkpoint(self._iteration, *inputs, use_reentrant=False,
+                                                 preserve_rng_state=False)
+            else:
+                hidden, flow, *fine = self._iteration(*inputs)
+            flows += [_to_image(values, state) for values in fine]
+            state = state.advanced(flow=flow, memory=(hidden, context, *rest))
         return flows
+
+    def _iteration(self, features_a: Tensor, features_b: Tensor, context: Tensor,
+                   hidden: Tensor, flow: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what ``step_engine`` does, and both of its flows at four times their size."""
+        hidden, flow = self._propagate(features_a, features_b, context, hidden, flow)
+        propagated = self.update_block_s.upsample(hidden, flow)
+        hidden, flow = self._search(features_a, features_b, context, hidden, flow)
+        return hidden, flow, propagated, self.update_block.upsample(hidden, flow)
+
+    def _on_the_next_level(self, state: State, run: Call) -> State:
+        """Return ``state`` on the level of its next step."""
+        level = state.schedule[0].level
+        if level == state.level:
+            return state
+        fine, = run('upsample', state.memory[0], state.flow)
+        flow = _resize(fine, _map(state.features_a, level))
+        return self._enter(state, level, flow, state.memory[2:])
 
     def _iterations(self, iterations: int | None) -> int:
         if iterations is None:

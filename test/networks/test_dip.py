@@ -130,7 +130,7 @@ def outputs(network: DIP, parity: dict[str, np.ndarray]) -> dict[str, Tensor]:
             found[f'unit_{label}_up'] = block.upsample(net, flow + delta)
         found['cold_seed20_flow'] = run(network, image1, image2, 6,
                                         noise=(given['cold_seed20_init'],))
-        predictions = network.predictions(image1, image2, 6)
+        predictions = network.predictions(image1, image2, iterations=6)
         assert len(predictions) == 24
         found['cold_zero_first'] = predictions[0]
         found['cold_zero_after_1_16'] = predictions[11]
@@ -338,7 +338,7 @@ def test_every_step_leaves_a_flow_that_finish_brings_to_the_frame(
         network: DIP, parity: dict[str, np.ndarray]) -> None:
     image1, image2 = crops(parity, 48, 60)
     with torch.inference_mode():
-        predictions = network.predictions(image1, image2, 2)
+        predictions = network.predictions(image1, image2, iterations=2)
         state = network.start(network.encode(image1), network.encode(image2), iterations=2)
         assert bool(torch.isfinite(network.finish(state).flow).all())
         assert [step.level for step in state.schedule] == [16, 16, 4, 4]
@@ -437,17 +437,81 @@ def test_levels_of_a_warm_start(largest: float, quarter: tuple[int, int],
     assert warm_levels(prior, quarter) == levels
 
 
-def test_predictions_train_every_part(parity: dict[str, np.ndarray]) -> None:
-    network = seeded_dip(DIPConfig()).train()
-    image1, image2 = crops(parity, 32, 32)
-    flows = network.predictions(image1, image2, 1)
-    assert [tuple(flow.shape) for flow in flows] == [(1, 2, 32, 32)] * 4
+@torch.no_grad()
+@pytest.mark.parametrize(('prior_px', 'levels'), [(None, 2), (10.0, 1), (80.0, 2)])
+def test_training_sees_what_inference_computes(parity: dict[str, np.ndarray],
+                                               prior_px: float | None, levels: int) -> None:
+    network = seeded_dip(DIPConfig(warm_noise=1.0))
+    image1, image2 = crops(parity, 51, 170)  # wide enough for two warm levels, padded
+    prior = None if prior_px is None else torch.full((1, 2, 51, 170), prior_px)
+    flows = network.predictions(image1, image2, iterations=1, prior_flow=prior)
+    assert [tuple(flow.shape) for flow in flows] == [(1, 2, 51, 170)] * (2 * levels)
+    whole = network(image1, image2, 1, prior).flow
+    assert torch.allclose(flows[-1], whole, atol=GATE_PX)
+    assert not torch.allclose(flows[-2], whole, atol=0.1)
+
+
+def gradients(network: DIP, images: tuple[Tensor, Tensor], *,
+              checkpointed: bool) -> dict[str, Tensor]:
+    network.zero_grad(set_to_none=True)
+    flows = network.predictions(*images, iterations=1, checkpointed=checkpointed)
+    assert [tuple(flow.shape) for flow in flows] == [(1, 2, 32, 48)] * 4
+    assert all(flow.requires_grad for flow in flows)
     torch.stack([flow.abs().mean() for flow in flows]).sum().backward()
-    without = [name for name, parameter in network.named_parameters()
-               if parameter.grad is None or not bool(torch.isfinite(parameter.grad).all())]
-    assert without == []
-    for part in (network.fnet.layer3, network.update_block_s, network.update_block):
-        assert any(bool(parameter.grad.any()) for parameter in part.parameters())
+    return {name: parameter.grad for name, parameter in network.named_parameters()
+            if parameter.grad is not None}
+
+
+def test_predictions_train_every_parameter_checkpointed_or_not(
+        parity: dict[str, np.ndarray]) -> None:
+    network = seeded_dip(DIPConfig()).train()
+    images = crops(parity, 32, 48)
+    plain = gradients(network, images, checkpointed=False)
+    lean = gradients(network, images, checkpointed=True)
+    assert set(plain) == set(dict(network.named_parameters()))
+    for name, gradient in plain.items():
+        assert bool(gradient.isfinite().all() and gradient.any()), name
+        assert torch.allclose(lean[name], gradient, rtol=1e-3, atol=1e-4), name
+
+
+def test_the_flow_is_detached_before_each_match(parity: dict[str, np.ndarray]) -> None:
+    """A late prediction knows earlier updates by the hidden state only."""
+    network = seeded_dip(DIPConfig()).train()
+    flows = network.predictions(*crops(parity, 32, 32), iterations=1)
+    for block, own in ((network.update_block_s, [True, False] * 2),
+                       (network.update_block, [False, True] * 2)):
+        head = block.flow_head.conv2.bias
+        seen = [torch.autograd.grad(flow.sum(), head, retain_graph=True, allow_unused=True)[0]
+                for flow in flows]
+        assert [gradient is not None for gradient in seen] == own
+
+
+def test_predictions_train_under_bfloat16_autocast(parity: dict[str, np.ndarray]) -> None:
+    network = seeded_dip(DIPConfig()).train()
+    images = crops(parity, 32, 48)
+    with torch.no_grad():
+        reference = network.predictions(*images, iterations=1)
+    for checkpointed in (False, True):
+        network.zero_grad(set_to_none=True)
+        with torch.autocast('cpu', torch.bfloat16):
+            flows = network.predictions(*images, iterations=1, checkpointed=checkpointed)
+        torch.stack([flow.abs().mean() for flow in flows]).sum().backward()
+        assert all(flow.dtype == torch.float32 for flow in flows)
+        assert (flows[-1] - reference[-1]).abs().median() < 0.2
+        assert all(parameter.grad is not None and bool(parameter.grad.isfinite().all())
+                   for parameter in network.parameters())
+
+
+def test_predictions_start_from_the_noise_given(parity: dict[str, np.ndarray]) -> None:
+    network = seeded_dip(DIPConfig())
+    image1, image2 = crops(parity, 32, 48)
+    start = fixed_pattern((2, 3)) * 16
+    with torch.no_grad():
+        configured, given, silent = (
+            network.predictions(image1, image2, iterations=1, noise=noise)[-1]
+            for noise in (None, (start,), (torch.zeros_like(start),)))
+    assert torch.equal(configured, given)
+    assert not torch.allclose(configured, silent, atol=0.1)
 
 
 def test_half_features_leave_the_flow_in_float32(network: DIP,
