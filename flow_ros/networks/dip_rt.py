@@ -28,6 +28,9 @@ and the source features themselves as context (section 3.4). What is our own, fo
   and of the occlusion logit.
 
 The features of a frame serve it as source and as target: on a stream each is encoded once.
+
+``DipRtConfig`` also makes the variants of DIP's ablations (Tables 1 to 3), which
+``bench/ablations.py`` compares. The shipped weights fit its defaults.
 """
 
 from dataclasses import dataclass, replace
@@ -45,14 +48,24 @@ from flow_ros.networks.base import (
     State,
     Step,
 )
-from flow_ros.ops.matching import inverse_propagation, local_search, SEEDS
+from flow_ros.ops.matching import (
+    clean_propagation,
+    EIGHT_SEEDS,
+    inverse_propagation,
+    local_search,
+    SEEDS,
+    Seeds,
+)
 from flow_ros.ops.sampling import inside, pad_to_multiple, resize_flow, warp
 from flow_ros.ops.upsampling import convex_upsample
+
+PROPAGATIONS = ('inverse', 'clean', 'none')
+NEIGHBOURS: dict[int, Seeds] = {4: SEEDS, 8: EIGHT_SEEDS}
 
 
 @dataclass(frozen=True)
 class DipRtConfig:
-    """Widths (channels) and the search radius (level px) of DIP-RT."""
+    """Widths (channels) of DIP-RT, and how its iteration matches."""
 
     widths: tuple[int, int, int, int] = (24, 32, 80, 128)
     """Channels of the encoder at 1/2, 1/4, 1/8 and 1/16."""
@@ -60,8 +73,39 @@ class DipRtConfig:
     hidden: int = 64
     motion: int = 40
     radius: int = 4
+    """Of the local search, level px."""
+    propagation: str = 'inverse'
+    """'inverse' (equations 5 and 6), 'clean' (equation 3: the neighbours' flows), 'none'."""
+    seeds: int = 4
+    """Neighbours that propagate: 4 (the diagonal ones) or 8."""
+    search: bool = True
+    """False: no local search; the gated update reads the propagation's costs instead."""
     warm_level_px: float = 64.0
     """A prior with motion above this (full-resolution px) is refined at 1/16 first."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be made."""
+        if self.propagation not in PROPAGATIONS:
+            raise ValueError(f'propagation must be one of {PROPAGATIONS}; seen '
+                             f'{self.propagation!r}')
+        if self.seeds not in NEIGHBOURS:
+            raise ValueError(f'seeds must be one of {tuple(NEIGHBOURS)}; seen {self.seeds!r}')
+        if isinstance(self.radius, bool) or self.radius not in range(1, 9):
+            raise ValueError(f'radius must be a whole number of level px, 1 to 8; seen '
+                             f'{self.radius!r}')
+        if self.propagation == 'none' and not self.search:
+            raise ValueError('propagation none without search leaves nothing to match by: '
+                             'choose a propagation, or search=True')
+
+    @property
+    def seed_steps(self) -> Seeds:
+        """Return the steps (x, y) to the seeds: the pixel itself first."""
+        return NEIGHBOURS[self.seeds]
+
+    @property
+    def planes(self) -> int:
+        """Return how many costs the gated update reads."""
+        return (2 * self.radius + 1) ** 2 if self.search else len(self.seed_steps)
 
 
 @dataclass(frozen=True)
@@ -69,7 +113,8 @@ class Predictions:
     """What training sees of one pass.
 
     ``levels``: after every propagation and search (level, flow (B, 2, H/l, W/l) in level px).
-    ``matches``: for every search (level, costs (B, (2r+1)^2, H/l, W/l), the flow before it).
+    ``matches``: for every search (level, costs (B, (2r+1)^2, H/l, W/l), the flow before it);
+    of a network without search, for every propagation, its costs (B, 1 + seeds, H/l, W/l).
     ``flow`` (B, 2, H, W) px; ``error`` (B, 2, H, W): the logit of the sharp component and the
     log scale of the wide one; ``occlusion`` (B, 1, H, W): logit. Padded grid.
     """
@@ -140,11 +185,11 @@ class Encoder(nn.Module):
 
 
 class Propagation(nn.Module):
-    """From the five seeds' costs to a small correction of the flow."""
+    """From the seeds' costs to a small correction of the flow."""
 
     def __init__(self, config: DipRtConfig) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(config.hidden + len(SEEDS) + 2, 32, 3, padding=1)
+        self.conv = nn.Conv2d(config.hidden + len(config.seed_steps) + 2, 32, 3, padding=1)
         self.flow = nn.Conv2d(32, 2, 3, padding=1)
 
     def forward(self, hidden: Tensor, costs: Tensor, flow: Tensor) -> Tensor:
@@ -159,7 +204,7 @@ class Search(nn.Module):
     def __init__(self, config: DipRtConfig) -> None:
         super().__init__()
         hidden, motion = config.hidden, config.motion
-        self.costs = nn.Conv2d((2 * config.radius + 1) ** 2, 64, 1)
+        self.costs = nn.Conv2d(config.planes, 64, 1)
         self.displacement = nn.Conv2d(2, 16, 3, padding=1)
         self.motion = nn.Conv2d(64 + 16, motion, 3, padding=1)
         self.mix = nn.Conv2d(hidden + motion, hidden, 3, padding=1)
@@ -196,7 +241,8 @@ class DipRt(FlowNetwork):
         super().__init__()
         self.config = config = config or DipRtConfig()
         self.encoder = Encoder(config)
-        self.propagation = Propagation(config)
+        both = config.search and config.propagation != 'none'
+        self.propagation = Propagation(config) if both else None
         self.search = Search(config)
         self.fine = nn.Conv2d(config.hidden, 64, 3, padding=1)
         self.mask = nn.Conv2d(64, 9 * 64, 1)
@@ -280,14 +326,28 @@ class DipRt(FlowNetwork):
         """(B, 3, H, W) -> match, hidden, context at 1/16, then at 1/8."""
         return self.encoder(image)
 
+    def propagation_costs(self, match_a: Tensor, match_b: Tensor, flow: Tensor) -> Tensor:
+        """Return the costs (B, 1 + seeds, H, W) of the propagation."""
+        correlate = (clean_propagation if self.config.propagation == 'clean'
+                     else inverse_propagation)
+        return (correlate(match_a, match_b, flow, self.config.seed_steps)
+                * self.config.match ** 0.5)
+
     def propagate(self, match_a: Tensor, match_b: Tensor, hidden: Tensor,
                   flow: Tensor) -> Tensor:
-        """Return the flow after the inverse propagation."""
-        costs = inverse_propagation(match_a, match_b, flow) * self.config.match ** 0.5
+        """Return the flow after the propagation; unchanged where the search does without."""
+        if self.propagation is None:
+            return flow
+        costs = self.propagation_costs(match_a, match_b, flow)
         return flow + self.propagation(hidden, costs, flow)
 
     def search_costs(self, match_a: Tensor, match_b: Tensor, flow: Tensor) -> Tensor:
-        """Return the costs (B, (2r+1)**2, H, W) of the local search about ``flow``."""
+        """Return the costs (B, planes, H, W) that the gated update reads.
+
+        The (2r+1)**2 of the local search about ``flow``; without it, the propagation's.
+        """
+        if not self.config.search:
+            return self.propagation_costs(match_a, match_b, flow)
         warped = warp(match_b, flow)
         return local_search(match_a, warped, self.config.radius) * self.config.match ** 0.5
 
@@ -342,7 +402,8 @@ class DipRt(FlowNetwork):
                 # a third of a step on a CPU went into the propagation's share of it.
                 flow = self.propagate(match_a.detach(), match_b.detach(), hidden,
                                       flow.detach())
-                levels.append((level, flow))
+                if self.propagation is not None:
+                    levels.append((level, flow))
                 flow = flow.detach()
                 costs = self.search_costs(match_a, match_b, flow)
                 matches.append((level, costs, flow))

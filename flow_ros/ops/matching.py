@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The two matches of DIP (section 3.3) in the paper's clean form.
+"""The matches of DIP (sections 3.2 and 3.3) in the paper's clean form.
 
 Correlations are means over the channels, so their scale does not depend on the width.
 """
@@ -23,28 +23,65 @@ from torch.nn import functional
 
 from flow_ros.ops.sampling import pixel_grid, sample
 
-SEEDS: tuple[tuple[int, int], ...] = ((0, 0), (-1, -1), (1, -1), (-1, 1), (1, 1))
+Seeds = tuple[tuple[int, int], ...]
+
+SEEDS: Seeds = ((0, 0), (-1, -1), (1, -1), (-1, 1), (1, 1))
 """The pixel itself and its four diagonal neighbours, (x, y), as in DIP's experiments."""
+
+EIGHT_SEEDS: Seeds = (*SEEDS, (0, -1), (-1, 0), (1, 0), (0, 1))
+"""The pixel itself and all of its neighbours."""
 
 TILE = 8
 
 
-def inverse_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor) -> Tensor:
+def inverse_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor,
+                        seeds: Seeds = SEEDS) -> Tensor:
     """Correlate with the shifted targets: DIP equations 5 and 6.
 
     Plane s is <F1(x), F2(x + flow(x) + seed_s)> / C. Shifting the target by an integer and
-    then warping it is sampling at the shifted point, so no shifted stack is built.
-    Returns (B, 5, H, W).
+    then warping it is sampling at the shifted point, so no shifted stack is built. Without
+    the shift back of equation 4, which the paper leaves out, no neighbour's flow is tried:
+    the seeds are a sparse search about the pixel's own target.
+    Returns (B, S, H, W) for S seeds, the pixel itself among them.
     """
     height, width = features_a.shape[-2:]
     points = pixel_grid(height, width, flow) + flow  # (B, 2, H, W)
-    # One map a seed, in single precision and channels first: on CPUs four times faster,
-    # forward and backward, than one call for all seeds or half precision.
-    a = features_a.to(flow.dtype).contiguous()
-    b = features_b.to(flow.dtype).contiguous()
     # The seeds enter as numbers: as tensors each would wait for its copy to a GPU.
-    planes = [(a * sample(b, torch.stack([points[:, 0] + dx, points[:, 1] + dy], dim=1)))
-              .mean(dim=1, keepdim=True) for dx, dy in SEEDS]
+    return _correlate(features_a, features_b, [
+        torch.stack([points[:, 0] + dx, points[:, 1] + dy], dim=1) for dx, dy in seeds])
+
+
+def clean_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor,
+                      seeds: Seeds = SEEDS) -> Tensor:
+    """Correlate with the targets of the neighbours' flows: DIP equation 3, as in patchmatch.
+
+    Plane s is <F1(x), F2(x + flow(x + seed_s))> / C. Returns (B, S, H, W).
+    """
+    height, width = features_a.shape[-2:]
+    grid = pixel_grid(height, width, flow)
+    return _correlate(features_a, features_b,
+                      [grid + candidate for candidate in shifted_flows(flow, seeds)])
+
+
+def shifted_flows(flow: Tensor, seeds: Seeds = SEEDS) -> list[Tensor]:
+    """Return S(flow, seed) of DIP equation 3 for every seed: the flow at x + seed.
+
+    Beyond the border the flow is replicated. (B, 2, H, W) each.
+    """
+    height, width = flow.shape[-2:]
+    padded = functional.pad(flow, (1, 1, 1, 1), mode='replicate')
+    return [padded[..., 1 + dy:1 + dy + height, 1 + dx:1 + dx + width] for dx, dy in seeds]
+
+
+def _correlate(features_a: Tensor, features_b: Tensor, targets: list[Tensor]) -> Tensor:
+    """Return the planes <F1(x), F2(target(x))> / C, one for each of ``targets``.
+
+    One map a target, in single precision and channels first: on CPUs four times faster,
+    forward and backward, than one call for all of them or half precision.
+    """
+    a = features_a.to(targets[0].dtype).contiguous()
+    b = features_b.to(targets[0].dtype).contiguous()
+    planes = [(a * sample(b, points)).mean(dim=1, keepdim=True) for points in targets]
     return torch.cat(planes, dim=1)
 
 

@@ -15,13 +15,14 @@
 """DIP-RT: its limits, its acts, and that they are the same computation in every guise."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from flow_ros.networks import count_parameters, create
+from flow_ros.networks import count_parameters, create, save, WeightsError
 from flow_ros.networks.dip_rt import DipRt, error_probability
 from flow_ros.ops.sampling import pixel_grid
 
@@ -131,6 +132,89 @@ def test_every_parameter_is_trained(network: DipRt) -> None:
     without = [name for name, value in network.named_parameters() if value.grad is None]
     network.zero_grad(set_to_none=True)
     assert without == []
+
+
+VARIANTS = (
+    {'propagation': 'clean'}, {'propagation': 'clean', 'seeds': 8}, {'seeds': 8},
+    {'propagation': 'none'}, {'search': False}, {'search': False, 'propagation': 'clean'},
+    {'radius': 1}, {'radius': 2, 'propagation': 'none'}, {'radius': 3, 'seeds': 8},
+)
+
+
+@pytest.mark.parametrize('options', VARIANTS)
+def test_the_variants_of_the_ablations_run_and_train(options: dict) -> None:
+    torch.manual_seed(0)
+    network = create('dip_rt', **options)
+    assert isinstance(network, DipRt)
+    pair = images(64, 96)
+    seen = network.predictions(*pair, steps16=2, steps8=2)
+    with torch.no_grad():
+        output = network(*pair, iterations=2)
+    assert torch.allclose(seen.flow, output.flow, atol=1e-3)
+    per_step = 1 if network.propagation is None else 2
+    assert [level for level, _ in seen.levels] == [16] * 2 * per_step + [8] * 2 * per_step
+    planes = ((2 * options.get('radius', 4) + 1) ** 2 if options.get('search', True)
+              else options.get('seeds', 4) + 1)
+    assert [costs.shape[1] for _, costs, _ in seen.matches] == [planes] * 4
+    (seen.flow.sum() + seen.error.sum() + seen.occlusion.sum()
+     + sum(flow.square().mean() for _, flow in seen.levels)).backward()
+    without = [name for name, value in network.named_parameters()
+               if value.grad is None or not bool(value.grad.isfinite().all())]
+    assert without == []
+    assert bool(network.encoder.head16.weight.grad[:network.config.match].any())
+
+
+def test_what_each_variant_leaves_out() -> None:
+    whole = create('dip_rt').state_dict()
+    none = create('dip_rt', propagation='none').state_dict()
+    assert {key for key in whole if not key.startswith('propagation.')} == set(none)
+    clean = create('dip_rt', propagation='clean').state_dict()
+    assert {key: value.shape for key, value in clean.items()} == {
+        key: value.shape for key, value in whole.items()}
+    alone = create('dip_rt', search=False).state_dict()
+    assert set(alone) == set(none)
+    assert alone['search.costs.weight'].shape == (64, 5, 1, 1)
+    eight = create('dip_rt', seeds=8, radius=2).state_dict()
+    assert {key for key in whole if whole[key].shape != eight[key].shape} == {
+        'propagation.conv.weight', 'search.costs.weight'}
+
+
+@torch.no_grad()
+def test_clean_and_inverse_propagation_share_weights_but_not_results(network: DipRt) -> None:
+    clean = create('dip_rt', propagation='clean')
+    clean.load_state_dict(network.state_dict())
+    pair = images(64, 96)
+    smooth = torch.zeros(1, 2, 64, 96)
+    features = [network.encode(image) for image in pair]
+    flows = {}
+    for made in (network, clean):
+        # The pixel's own plane is the same; the seeds' are not, even where the flow is constant.
+        costs = made.propagation_costs(features[0].tensors[3], features[1].tensors[3],
+                                       smooth[..., ::8, ::8])
+        flows[made] = made(*pair, iterations=1).flow
+        equal = [torch.allclose(costs[:, index], costs[:, 0]) for index in range(5)]
+        assert equal == [True] + [made is clean] * 4
+    assert not torch.allclose(flows[network], flows[clean], atol=1e-4)
+
+
+@pytest.mark.parametrize(('options', 'words'), [
+    ({'propagation': 'both'}, "propagation must be one of .*seen 'both'"),
+    ({'seeds': 5}, r'seeds must be one of \(4, 8\); seen 5'),
+    ({'radius': 0}, 'radius must be .*seen 0'),
+    ({'radius': True}, 'radius must be .*seen True'),
+    ({'radius': 2.5}, r'radius must be .*seen 2\.5'),
+    ({'propagation': 'none', 'search': False}, 'nothing to match by'),
+])
+def test_options_that_cannot_be_made_are_named(options: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        create('dip_rt', **options)
+
+
+def test_the_weights_of_another_variant_are_refused(network: DipRt, tmp_path: Path) -> None:
+    path = tmp_path / 'weights.safetensors'
+    save(network, path)
+    with pytest.raises(WeightsError, match=r'search\.costs\.weight .* instead of'):
+        create('dip_rt', path, radius=2)
 
 
 def test_the_probability_of_a_small_error_follows_the_mixture() -> None:

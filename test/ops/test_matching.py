@@ -14,12 +14,22 @@
 
 """The two matches of DIP against their equations, written as plain loops."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flow_ros.ops.matching import inverse_propagation, local_search, SEEDS
+from flow_ros.ops.matching import (
+    clean_propagation,
+    EIGHT_SEEDS,
+    inverse_propagation,
+    local_search,
+    SEEDS,
+    Seeds,
+    shifted_flows,
+)
 from flow_ros.ops.sampling import warp
 
 
@@ -50,16 +60,101 @@ def test_local_search_has_the_gradient_of_the_plain_loop() -> None:
         assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_inverse_propagation_warps_the_shifted_targets() -> None:
+@pytest.mark.parametrize('seeds', [SEEDS, EIGHT_SEEDS])
+def test_inverse_propagation_warps_the_shifted_targets(seeds: Seeds) -> None:
     torch.manual_seed(0)
     a, b = torch.randn(2, 16, 12, 14), torch.randn(2, 16, 12, 14)
     flow = torch.rand(2, 2, 12, 14) * 2 - 1
-    planes = inverse_propagation(a, b, flow)
+    planes = inverse_propagation(a, b, flow, seeds)
+    assert planes.shape == (2, len(seeds), 12, 14)
     inner = (slice(None), slice(3, -3), slice(3, -3))  # the border rule differs outside
-    for index, (dx, dy) in enumerate(SEEDS):
+    for index, (dx, dy) in enumerate(seeds):
         shifted = torch.roll(b, (-dy, -dx), dims=(-2, -1))  # S(F2, seed)
         expected = (a * warp(shifted, flow)).mean(dim=1)
         assert torch.allclose(planes[:, index][inner], expected[inner], atol=1e-5)
+
+
+@pytest.mark.parametrize('seeds', [SEEDS, EIGHT_SEEDS])
+def test_clean_propagation_warps_by_the_neighbours_flows(seeds: Seeds) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 16, 12, 14), torch.randn(2, 16, 12, 14)
+    flow = 5 * torch.rand(2, 2, 12, 14) - 2.5
+    planes = clean_propagation(a, b, flow, seeds)
+    inner = (slice(None), slice(1, -1), slice(1, -1))
+    for index, (dx, dy) in enumerate(seeds):
+        candidate = torch.roll(flow, (-dy, -dx), dims=(-2, -1))  # S(flow, seed)
+        expected = (a * warp(b, candidate)).mean(dim=1)
+        assert torch.allclose(planes[:, index][inner], expected[inner], atol=1e-5)
+    assert torch.allclose(planes[:, 0], inverse_propagation(a, b, flow)[:, 0], atol=1e-6)
+
+
+def test_clean_propagation_is_the_inverse_one_shifted_back() -> None:
+    """Section 3.3: equations 4 and 5 together are equation 3, whatever the flow."""
+    torch.manual_seed(0)
+    a, b = torch.randn(1, 16, 16, 18), torch.randn(1, 16, 16, 18)
+    flow = 4 * torch.rand(1, 2, 16, 18) - 2
+    planes = clean_propagation(a, b, flow, EIGHT_SEEDS)
+    inner = (slice(None), slice(4, -4), slice(4, -4))
+    for index, (dx, dy) in enumerate(EIGHT_SEEDS):
+        warped = warp(torch.roll(b, (dy, dx), dims=(-2, -1)), flow)  # W(S(F2, -seed), flow)
+        back = torch.roll(warped, (-dy, -dx), dims=(-2, -1))
+        assert torch.allclose(planes[:, index][inner], (a * back).mean(dim=1)[inner], atol=1e-5)
+
+
+def test_a_constant_flow_has_the_same_matches_in_both_forms() -> None:
+    """One target for all seeds in the clean form; in the inverse one, each seed's shift of it."""
+    torch.manual_seed(0)
+    a, b = torch.randn(1, 16, 12, 14), torch.randn(1, 16, 12, 14)
+    flow = torch.tensor([1.25, -0.5]).view(1, 2, 1, 1).expand(1, 2, 12, 14)
+    clean = clean_propagation(a, b, flow, EIGHT_SEEDS)
+    inverse = inverse_propagation(a, b, flow, EIGHT_SEEDS)
+    assert torch.allclose(clean, inverse[:, :1].expand_as(clean), atol=1e-5)
+    for index, seed in enumerate(EIGHT_SEEDS):
+        own = clean_propagation(a, b, flow + torch.tensor(seed).view(1, 2, 1, 1).float())
+        assert torch.allclose(own[:, 0], inverse[:, index], atol=1e-5)
+
+
+@pytest.mark.parametrize('seeds', [SEEDS, EIGHT_SEEDS])
+def test_one_good_seed_spreads_a_pixel_an_iteration(seeds: Seeds) -> None:
+    """Patchmatch with the best plane taken: far motion is found without any search."""
+    torch.manual_seed(0)
+    a = functional.normalize(torch.randn(1, 32, 24, 24), dim=1)
+    true = torch.tensor([7.0, -5.0])
+    b = torch.roll(a, (-5, 7), dims=(-2, -1))
+    flow = torch.zeros(1, 2, 24, 24)
+    flow[0, :, 14, 8] = true
+    for iteration in range(1, 5):
+        best = clean_propagation(a, b, flow, seeds).argmax(dim=1)
+        candidates = torch.stack(shifted_flows(flow, seeds))  # (S, 1, 2, 24, 24)
+        index = best[None, :, None].expand(1, 1, 2, 24, 24)
+        flow = torch.gather(candidates, 0, index)[0]
+        right = (flow[0] == true.view(2, 1, 1)).all(dim=0)
+        # Diagonal steps reach every other pixel of a square, and those of the one before.
+        reached = ((2 * iteration + 1) ** 2 if seeds == EIGHT_SEEDS
+                   else (iteration + 1) ** 2 + iteration ** 2)
+        assert int(right.sum()) == reached
+        rows, columns = torch.nonzero(right).amax(dim=0).tolist()
+        assert (rows - 14, columns - 8) == (iteration, iteration)
+
+
+@pytest.mark.parametrize('propagation', [inverse_propagation, clean_propagation])
+def test_propagation_has_the_gradient_of_the_plain_warps(propagation: Callable) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 8, 9, 11, requires_grad=True) for _ in range(2)]
+    flow = 2 * torch.rand(1, 2, 9, 11) - 1
+    weight = torch.randn(1, 9, 9, 11)
+    a, b = inputs
+    if propagation is clean_propagation:
+        warped = [warp(b, candidate) for candidate in shifted_flows(flow, EIGHT_SEEDS)]
+    else:
+        warped = [warp(b, flow + torch.tensor(seed).view(1, 2, 1, 1).float())
+                  for seed in EIGHT_SEEDS]
+    plain = sum(((a * other).mean(dim=1) * weight[:, index]).sum()
+                for index, other in enumerate(warped))
+    expected = torch.autograd.grad(plain, inputs)
+    found = torch.autograd.grad((propagation(a, b, flow, EIGHT_SEEDS) * weight).sum(), inputs)
+    for one, other in zip(found, expected):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_the_best_plane_is_where_the_target_went() -> None:
