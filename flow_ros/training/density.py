@@ -1,0 +1,116 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""HD3's loss: the divergence of a match density from the true one.
+
+HD3 (Yin et al., CVPR 2019), section 3: at each level a network predicts, for each pixel, a
+density over the (2r+1)^2 integer residuals to the previous level's flow. Where the paper is
+silent this does what the authors' code was seen to do (see the target's docstring).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from flow_ros.training.losses import max_pooled
+
+
+@dataclass(frozen=True)
+class DensityTarget:
+    """The true densities of a level.
+
+    ``density`` (B, (2r+1)^2, h, w), 0 where not ``valid`` (B, 1, h, w); ``reached``: where the
+    residual lay within the search range before it was clamped.
+    """
+
+    density: Tensor
+    valid: Tensor
+    reached: Tensor
+
+
+def density_loss(logits: list[Tensor], vectors: list[Tensor], truth: Tensor, *,
+                 sparse: bool = False, keep: float | None = None) -> Tensor:
+    """Return HD3's equation 9: the sum over the levels of mean KL(p_gt || p).
+
+    KL = sum over d of p_gt(d) (log p_gt(d) - log p(d)). ``logits`` (B, (2r+1)^2, h, w), coarse
+    to fine, each level twice as fine as the one before; ``vectors``: each level's whole flow
+    (B, 2, h, w) in full-resolution px; ``truth`` (B, 2, H, W), NaN where it is not known.
+    ``sparse`` says how the truth is brought to a level's size (see ``density_target``).
+    ``keep``: IOFPL's loss max-pooling with this share, which also leaves out what is out of
+    the search range; without it the mean is over all pixels, known or not, as the authors did.
+    """
+    loss = truth.new_zeros(())
+    previous: Tensor | None = None
+    for level_logits, vector in zip(logits, vectors):
+        target = density_target(truth, previous, _size(level_logits), sparse=sparse,
+                                radius=(round(level_logits.shape[1] ** 0.5) - 1) // 2)
+        divergence = density_divergence(level_logits, target)
+        if keep is None:
+            loss = loss + divergence.mean()
+        else:
+            loss = loss + max_pooled(divergence, target.valid, keep, reached=target.reached)
+        previous = vector
+    return loss
+
+
+def density_divergence(logits: Tensor, target: DensityTarget) -> Tensor:
+    """Return KL(target || softmax(logits)) of each pixel, (B, 1, h, w); 0 where not valid."""
+    log = functional.log_softmax(logits.float(), dim=1)
+    return functional.kl_div(log, target.density, reduction='none').sum(dim=1, keepdim=True)
+
+
+@torch.no_grad()
+def density_target(truth: Tensor, previous: Tensor | None, size: tuple[int, int], *,
+                   radius: int = 4, sparse: bool = False) -> DensityTarget:
+    """Return the density that is bilinear about the true residual at a level of ``size``.
+
+    The residual is (truth - previous) / s, in level px, where s is the level's cell in px;
+    clamped to +-radius, it is splatted on its four integer neighbours. Dense truth is resized
+    bilinearly (a pixel into which unknown truth enters is not valid); of ``sparse`` truth the
+    known part of each cell is averaged. ``previous``: the coarser level's flow in
+    full-resolution px, resized bilinearly; None at the first level.
+    """
+    if sparse:
+        known = torch.isfinite(truth).all(dim=1, keepdim=True)
+        share = functional.adaptive_avg_pool2d(known.to(truth.dtype), size)
+        flow = functional.adaptive_avg_pool2d(torch.where(known, truth, 0.0), size)
+        flow = torch.where(share > 0, flow / share.clamp(min=1e-12), torch.nan)
+    else:
+        flow = _resize(truth, size)
+    valid = torch.isfinite(flow).all(dim=1, keepdim=True)
+    if previous is not None:
+        flow = flow - _resize(previous, size)
+    residual = flow.nan_to_num(0.0) * (size[1] / truth.shape[-1])
+    reached = (residual.abs() <= radius).all(dim=1, keepdim=True)
+    density = _splat(residual.clamp(-radius, radius), radius)
+    return DensityTarget(density=density * valid, valid=valid, reached=reached)
+
+
+def _splat(residual: Tensor, radius: int) -> Tensor:
+    """(B, 2, h, w) -> (B, (2r+1)^2, h, w), bin (2r+1)(dy+r) + (dx+r): bilinear weights."""
+    bins = torch.arange(-radius, radius + 1, device=residual.device, dtype=residual.dtype)
+    # The tent about each integer: 1 at it, 0 one px away.
+    tent = (1 - (residual[:, :, None] - bins[:, None, None]).abs()).clamp(min=0)
+    product = tent[:, 1, :, None] * tent[:, 0, None]  # (B, y, x, h, w)
+    return product.flatten(1, 2)
+
+
+def _resize(values: Tensor, size: tuple[int, int]) -> Tensor:
+    return functional.interpolate(values, size=size, mode='bilinear', align_corners=True)
+
+
+def _size(values: Tensor) -> tuple[int, int]:
+    return values.shape[-2], values.shape[-1]

@@ -1,0 +1,109 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""HD3's loss against the authors' numbers, a slow reference, and values known by hand."""
+
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from flow_ros.training.density import density_divergence, density_loss, density_target
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = Path(os.environ.get('FLOW_ROS_SHARED', ROOT.parent / 'shared')) / 'parity'
+
+
+def slow_density(residual: tuple[float, float], radius: int) -> np.ndarray:
+    """Bilinear weights by visiting the four neighbours."""
+    side = 2 * radius + 1
+    density = np.zeros(side * side)
+    x, y = (min(max(value, -radius), radius) for value in residual)
+    for cell_x in {math.floor(x), math.ceil(x)}:
+        for cell_y in {math.floor(y), math.ceil(y)}:
+            weight = (1 - abs(x - cell_x)) * (1 - abs(y - cell_y))
+            density[side * (cell_y + radius) + cell_x + radius] += weight
+    return density
+
+
+@pytest.mark.parametrize('residual', [(0.0, 0.0), (1.25, -2.5), (3.9, 4.0), (7.0, -9.0)])
+def test_target_is_bilinear_and_clamped(residual: tuple[float, float]) -> None:
+    truth = torch.tensor([8 * residual[0], 8 * residual[1]]).view(1, 2, 1, 1).expand(1, 2, 16, 24)
+    target = density_target(truth, None, (2, 3))
+    expected = slow_density(residual, 4)
+    assert np.abs(target.density[0, :, 1, 2].numpy() - expected).max() < 1e-6
+    assert bool(target.reached.all()) == (max(map(abs, residual)) <= 4)
+
+
+def test_the_previous_level_is_subtracted_in_full_resolution_px() -> None:
+    truth = torch.full((1, 2, 16, 16), 12.0)
+    target = density_target(truth, torch.full((1, 2, 2, 2), 8.0), (4, 4))
+    assert np.allclose(target.density[0, :, 0, 0].numpy(), slow_density((1.0, 1.0), 4))
+
+
+def test_sparse_truth_is_averaged_over_what_is_known() -> None:
+    truth = torch.full((1, 2, 4, 4), math.nan)
+    truth[..., 0, 0], truth[..., 1, 1] = 2.0, 4.0
+    sparse = density_target(truth, None, (2, 2), sparse=True)
+    assert sparse.valid.flatten().tolist() == [True, False, False, False]
+    assert np.allclose(sparse.density[0, :, 0, 0].numpy(), slow_density((1.5, 1.5), 4))
+    assert float(sparse.density[..., 1].abs().max()) == 0
+    assert not bool(density_target(truth, None, (2, 2)).valid[..., 1, 1])
+
+
+def test_divergence_is_zero_for_the_target_itself_and_counts_nothing_where_unknown() -> None:
+    truth = torch.full((1, 2, 8, 8), 4.3)
+    truth[..., 4:] = math.nan
+    target = density_target(truth, None, (2, 2), sparse=True)
+    logits = torch.log(target.density + 1e-12).requires_grad_()
+    assert float(density_divergence(logits, target)[..., 0].abs().max()) < 1e-5
+    flat = torch.zeros(1, 81, 2, 2, requires_grad=True)
+    loss = density_loss([flat], [torch.zeros(1, 2, 2, 2)], truth, sparse=True)
+    density = slow_density((4.3 / 4, 4.3 / 4), 4)
+    entropy = sum(p * (math.log(p) + math.log(81)) for p in density if p)
+    assert float(loss) == pytest.approx(entropy / 2, rel=1e-5)  # half of the pixels are unknown
+    loss.backward()
+    assert bool(torch.isfinite(flat.grad).all())
+    assert float(flat.grad[..., 1].abs().max()) == 0
+
+
+def test_max_pooling_leaves_out_what_is_out_of_the_search_range() -> None:
+    truth = torch.zeros(1, 2, 8, 8)
+    truth[:, 0, :4, :4], truth[:, 0, 4:, 4:] = 40.0, 8.0  # 10 and 2 level px: 10 is too far
+    target = density_target(truth, None, (2, 2), sparse=True)
+    logits = torch.zeros(1, 81, 2, 2)
+    logits[:, 40] = 5.0  # sure that nothing moves
+    worst = float(density_divergence(logits, target)[0, 0, 1, 1])
+    pooled = density_loss([logits], [torch.zeros(1, 2, 2, 2)], truth, sparse=True, keep=0.25)
+    assert float(pooled) == pytest.approx(worst, rel=1e-5)
+
+
+@pytest.mark.parametrize('name', ['hd3f', 'hd3fc', 'hd3f_vgg'])
+def test_the_authors_losses_are_met(name: str) -> None:
+    if not (SHARED / f'{name}_output.npz').is_file():
+        pytest.skip(f'no parity data of the published network in {SHARED}')
+    output = np.load(SHARED / f'{name}_output.npz')
+    truth = torch.from_numpy(np.load(SHARED / 'hd3_input.npz')['flow'])[None]
+    logits = [torch.from_numpy(output[f'logits{level}']) for level in range(5)]
+    vectors = [torch.from_numpy(output[f'vect{level}']) for level in range(5)]
+    assert float(density_loss(logits, vectors, truth)) == pytest.approx(
+        float(output['loss_total']), rel=1e-5)
+    for level in range(5):
+        before = vectors[level - 1] if level else None
+        target = density_target(truth, before, tuple(logits[level].shape[-2:]))
+        assert float(density_divergence(logits[level], target).mean()) == pytest.approx(
+            float(output['loss_levels'][level]), rel=1e-5)
