@@ -14,8 +14,10 @@
 
 """Reading and writing flow files and images.
 
-Two flow formats: ``.flo`` (Middlebury: float32, dense, unknown pixels 1e9 or more) and 16-bit
-``.png`` (KITTI: 1/64 px steps, a channel that says which pixels are valid). Everywhere in
+Flow formats: ``.flo`` (Middlebury: float32, dense, unknown pixels 1e9 or more) and 16-bit
+``.png`` (KITTI: 1/64 px steps, a channel that says which pixels are valid) are read and
+written; ``.pfm`` (FlyingThings3D: float32, rows from below, a third channel of zeros) is, too;
+``.flo5`` (Spring: HDF5) is read, if the Python package h5py is there. Everywhere in
 this package flow is (H, W, 2) float32, u (right) then v (down), invalid pixels NaN.
 
 A file that is damaged, cut off or of another kind raises ``FlowFileError`` rather than giving
@@ -23,6 +25,7 @@ half a picture, which is what image libraries do.
 """
 
 from pathlib import Path
+import re
 import struct
 from typing import Any
 import zlib
@@ -40,6 +43,9 @@ FLO_HEADER_BYTES = 12
 FLO_UNKNOWN = 1e9  # from here on a value means "unknown"
 FLO_UNKNOWN_WRITTEN = 1e10
 FLO_MAX_SIDE = 99999
+
+PFM_TAG = b'PF'
+HDF5_SIGNATURE = b'\x89HDF\r\n\x1a\n'
 
 PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 KITTI_SCALE = 64.0
@@ -63,16 +69,21 @@ def read_flow(path: str | Path) -> tuple[FloatArray, BoolArray]:
         flow = _decode_flo(data, path)
     elif data.startswith(PNG_SIGNATURE):
         flow = _decode_kitti(data, path)
+    elif data.startswith((PFM_TAG + b'\n', PFM_TAG + b'\r')):
+        flow = _decode_pfm(data, path)
+    elif data.startswith(HDF5_SIGNATURE):
+        flow = _read_flo5(path)
     else:
         raise FlowFileError(
             f'{path} is not a flow file: it starts with {data[:8]!r}; expected a .flo file '
-            f'(starts with {FLO_TAG!r}) or a KITTI 16-bit .png. Look whether it is the right '
-            'file, and whether a download left an error page or a pointer in its place')
+            f'(starts with {FLO_TAG!r}), a KITTI 16-bit .png, a .pfm of three channels (starts '
+            f'with {PFM_TAG!r}) or a .flo5. Look whether it is the right file, and whether a '
+            'download left an error page or a pointer in its place')
     return flow, np.isfinite(flow[..., 0])
 
 
 def write_flow(path: str | Path, flow: NDArray[Any], valid: BoolArray | None = None) -> None:
-    """Write ``flow`` (H, W, 2) as ``.flo`` or KITTI ``.png``, by the path's suffix.
+    """Write ``flow`` (H, W, 2) as ``.flo``, KITTI ``.png`` or ``.pfm``, by the path's suffix.
 
     Pixels that are NaN or not ``valid`` are written as unknown. A ``.png`` holds steps of
     1/64 px between -512 and 511.98 px; flow outside of that raises ValueError.
@@ -92,8 +103,11 @@ def write_flow(path: str | Path, flow: NDArray[Any], valid: BoolArray | None = N
         path.write_bytes(_encode_flo(flow, known))
     elif suffix == '.png':
         path.write_bytes(_encode_kitti(flow, known))
+    elif suffix == '.pfm':
+        path.write_bytes(_encode_pfm(flow, known))
     else:
-        raise ValueError(f'{path}: flow is written as .flo or .png; seen suffix {suffix!r}')
+        raise ValueError(f'{path}: flow is written as .flo, .png or .pfm; '
+                         f'seen suffix {suffix!r}')
 
 
 def read_image(path: str | Path) -> ByteArray:
@@ -104,10 +118,14 @@ def read_image(path: str | Path) -> ByteArray:
         _check_png(data, path)
     elif data.startswith(b'\xff\xd8'):
         _check_jpeg(data, path)
+    elif data.startswith((b'P5', b'P6')):
+        _check_pnm(data, path)
+    elif data.startswith(b'RIFF') and data[8:12] == b'WEBP':
+        _check_webp(data, path)
     image = _decode(data, cv2.IMREAD_COLOR)
     if image is None:
         raise FlowFileError(f'{path} is not an image that can be read: {len(data)} bytes that '
-                            f'start with {data[:8]!r}; expected PNG, JPEG, PPM, BMP or TIFF')
+                            f'start with {data[:8]!r}; expected PNG, JPEG, PPM, WebP, BMP or TIFF')
     return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
@@ -208,6 +226,53 @@ def _encode_kitti(flow: FloatArray, known: BoolArray) -> bytes:
     return bytes(cv2.imencode('.png', image)[1].tobytes())
 
 
+def _decode_pfm(data: bytes, path: Path) -> FloatArray:
+    # PF, width height, a scale whose sign says the byte order, then rows from the lowest up.
+    match = re.match(rb'PF\s+(\d+)\s+(\d+)\s+([-+.\deE]+)(?:\r\n|\s)', data[:128])
+    if match is None:
+        raise FlowFileError(f'{path} is damaged: its header {data[:32]!r} is not that of a .pfm')
+    width, height = int(match[1]), int(match[2])
+    expected = match.end() + 12 * width * height
+    if len(data) != expected or 0 in (width, height):
+        raise FlowFileError(f'{path} is {"cut off" if len(data) < expected else "damaged"}: '
+                            f'{len(data)} bytes; expected {expected} for {width}x{height} '
+                            'pixels: write or download it again')
+    kind = '<f4' if match[3].startswith(b'-') else '>f4'
+    rows = np.frombuffer(data, kind, offset=match.end()).reshape(height, width, 3)
+    flow = rows[::-1, :, :2].astype(np.float32)
+    flow[~np.isfinite(flow).all(axis=2)] = np.nan
+    return flow
+
+
+def _encode_pfm(flow: FloatArray, known: BoolArray) -> bytes:
+    height, width = known.shape
+    rows = np.zeros((height, width, 3), dtype='<f4')
+    rows[..., :2] = np.where(known[..., None], flow, np.nan)
+    return f'PF\n{width} {height}\n-1.0\n'.encode() + rows[::-1].tobytes()
+
+
+def _read_flo5(path: Path) -> FloatArray:
+    try:
+        import h5py
+    except ImportError as error:
+        raise FlowFileError(f'{path} is an HDF5 file, which needs a Python package: '
+                            'pip install h5py') from error
+    try:
+        with h5py.File(path, 'r') as file:
+            if 'flow' not in file:
+                raise FlowFileError(f'{path} holds no data set "flow"; seen '
+                                    f'{", ".join(file) or "nothing"}')
+            flow = np.asarray(file['flow'][()], dtype=np.float32)
+    except (OSError, TypeError) as error:  # cut off or damaged
+        raise FlowFileError(f'{path} cannot be read ({" ".join(str(error).split())[:120]}): '
+                            'write or download it again') from error
+    if flow.ndim != 3 or flow.shape[2] != 2 or 0 in flow.shape:
+        raise FlowFileError(f'{path} holds flow of shape {flow.shape}; expected '
+                            '(height, width, 2)')
+    flow[~np.isfinite(flow).all(axis=2)] = np.nan
+    return flow
+
+
 def _check_png(data: bytes, path: Path) -> None:
     """Raise unless every chunk up to the end chunk is whole: decoders forgive, we must not."""
     position = len(PNG_SIGNATURE)
@@ -236,3 +301,24 @@ def _check_jpeg(data: bytes, path: Path) -> None:
     if scan < 0 or data.find(b'\xff\xd9', scan) < 0:
         raise FlowFileError(f'{path} is cut off: the JPEG has no end in its {len(data)} bytes: '
                             'write or download it again')
+
+
+def _check_pnm(data: bytes, path: Path) -> None:
+    header = re.match(rb'P([56])(?:\s+|#[^\n]*\n)+(\d+)(?:\s+|#[^\n]*\n)+(\d+)'
+                      rb'(?:\s+|#[^\n]*\n)+(\d+)\s', data[:512])
+    if header is None:
+        raise FlowFileError(f'{path} is damaged: {data[:16]!r} is no header of a PPM or PGM')
+    channels = 3 if header[1] == b'6' else 1
+    sample_bytes = 2 if int(header[4]) > 255 else 1
+    width, height = int(header[2]), int(header[3])
+    expected = header.end() + channels * sample_bytes * width * height
+    if len(data) < expected:
+        raise FlowFileError(f'{path} is cut off: {len(data)} bytes; expected {expected} for '
+                            f'{width}x{height} pixels: write or download it again')
+
+
+def _check_webp(data: bytes, path: Path) -> None:
+    length, = struct.unpack_from('<I', data, 4)
+    if len(data) < length + 8:
+        raise FlowFileError(f'{path} is cut off: {len(data)} bytes; its header says '
+                            f'{length + 8}: write or download it again')
