@@ -24,6 +24,10 @@ added in plane coordinates; it is inverted by fixed-point iteration to 0.01 px.
 
 A pixel shows the last layer whose alpha there is above one half; in scenes with depth a layer
 must also be nearer than those before it, so that ground and walls cut each other rightly.
+
+Between two frames a pose moves linearly in its nine numbers. So a rolling shutter is exact too:
+every row is rendered at its own time, and the flow is that between the moments at which the two
+rows see the point.
 """
 
 from dataclasses import dataclass
@@ -53,6 +57,22 @@ class Waves:
 
 
 @dataclass(frozen=True)
+class EgoMotion:
+    """The camera of a scene with depth; what does not move by itself is at rest in the world.
+
+    A point X of the world, m, is at rotation X + translation in the camera's axes (x right,
+    y down, z ahead). ``rotation`` (B, T, 3, 3), ``translation`` (B, T, 3), ``intrinsics``
+    (B, 3, 3) in px about the image's centre; ``at_rest`` (B, L) bool: layers without a motion
+    of their own.
+    """
+
+    intrinsics: Tensor
+    rotation: Tensor
+    translation: Tensor
+    at_rest: Tensor
+
+
+@dataclass(frozen=True)
 class Scene:
     """A batch of layered scenes on one device.
 
@@ -60,7 +80,8 @@ class Scene:
     ``objects`` (B, L - L0, 4, s, s) for the rest, 0..255 with alpha; ``poses``
     (B, L, T, 3, 3); ``texture`` (B, L, 2, 3) takes plane coordinates to [-1, 1] of the
     texture; ``fade`` (B, L): the depth at which the contrast has fallen to a half (haze, and
-    no aliasing towards the horizon).
+    no aliasing towards the horizon). ``readout`` (B,), where the shutter rolls: the time from
+    the first row to the last, in frames; the middle row is at the frame's own time.
     """
 
     surfaces: Tensor
@@ -70,6 +91,8 @@ class Scene:
     fade: Tensor
     waves: Waves | None = None
     depth_tested: bool = False
+    readout: Tensor | None = None
+    ego: EgoMotion | None = None
 
     @property
     def layers(self) -> int:
@@ -79,10 +102,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class Rendered:
-    """``image`` (B, 3, H, W), RGB 0..255, and ``layer`` (B, H, W), the visible one."""
+    """``image`` (B, 3, H, W), RGB 0..255, and ``layer`` (B, H, W), the visible one.
+
+    ``depth`` (B, 1, H, W), m, along the optical axis, in scenes with depth.
+    """
 
     image: Tensor
     layer: Tensor
+    depth: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,17 +139,21 @@ def render(scene: Scene, time: int, size: tuple[int, int]) -> Rendered:
     height, width = size
     batch, unbounded = scene.poses.shape[0], scene.surfaces.shape[1]
     rays = _rays(height, width, scene.poses)  # (3, HW)
-    inverse = torch.linalg.inv(scene.poses[:, :, time])
+    times = _row_times(scene, time, height)  # (B, H), or (B, 1) without a rolling shutter
+    inverse = _inverse(_poses_at(scene, time, times))  # (B, L, H or 1, 3, 3)
+    lines = rays.view(3, times.shape[1], -1).transpose(0, 1)  # (H, 3, W), or (1, 3, HW)
+    clock = times[:, None, :, None].expand(-1, -1, -1, lines.shape[2]).reshape(batch, 1, -1)
     image = torch.zeros(batch, 3, height, width, device=rays.device)
     layer = torch.zeros(batch, height, width, dtype=torch.long, device=rays.device)
     nearest = rays.new_zeros(batch, height, width)  # 1 / depth of what is seen so far
     for index in range(scene.layers):
-        plane = inverse[:, index] @ rays  # (B, 3, HW) = (a, b, 1) / depth
+        plane = inverse[:, index] @ lines  # (B, H, 3, W) = (a, b, 1) / depth
+        plane = plane.transpose(1, 2).reshape(batch, 3, -1)  # (B, 3, HW)
         nearness = plane[:, 2]
         front = nearness > 1e-4
         point = plane[:, :2] / nearness.clamp(min=1e-4)[:, None]
-        if scene.waves is not None and time:
-            point = point + time * _waves(scene.waves, index, point)
+        if scene.waves is not None:
+            point = point + clock * _waves(scene.waves, index, point)
         turn = scene.texture[:, index]
         where = turn[:, :, :2] @ point + turn[:, :, 2:]  # (B, 2, HW)
         grid = where.transpose(1, 2).reshape(batch, height, width, 2)
@@ -146,7 +177,8 @@ def render(scene: Scene, time: int, size: tuple[int, int]) -> Rendered:
             nearest = torch.where(alpha[:, 0] > 0.5, here, nearest)
         image = image + alpha * (colour - image)
         layer = torch.where(alpha[:, 0] > 0.5, index, layer)
-    return Rendered(image=image, layer=layer)
+    seen = 1 / nearest.clamp(min=1e-4)[:, None] if scene.depth_tested else None
+    return Rendered(image=image, layer=layer, depth=seen)
 
 
 def flow_between(scene: Scene, layer: Tensor, start: int, end: int) -> Tensor:
@@ -154,25 +186,94 @@ def flow_between(scene: Scene, layer: Tensor, start: int, end: int) -> Tensor:
     batch, height, width = layer.shape
     rays = _rays(height, width, scene.poses)
     chosen = layer.view(batch, -1)  # (B, HW)
-    source = torch.linalg.inv(scene.poses[:, :, start])  # (B, L, 3, 3)
-    target = scene.poses[:, :, end]
-    if scene.waves is None:
-        matrix = _per_pixel(target @ source, chosen)  # (B, 3, 3, HW)
+    if scene.readout is not None:
+        moved = _moved_rolling(scene, chosen, rays, start, end, height)
+    elif scene.waves is None:
+        matrix = _per_pixel(scene.poses[:, :, end] @ _inverse(scene.poses[:, :, start]), chosen)
         moved = (matrix * rays[None, None]).sum(dim=2)  # (B, 3, HW)
     else:
-        plane = (_per_pixel(source, chosen) * rays[None, None]).sum(dim=2)
+        source = _per_pixel(_inverse(scene.poses[:, :, start]), chosen)
+        plane = (source * rays[None, None]).sum(dim=2)
         rigid = plane[:, :2] / plane[:, 2:]
-        waves = Waves(amplitude=_per_pixel(scene.waves.amplitude, chosen),
-                      frequency=_per_pixel(scene.waves.frequency, chosen),
-                      phase=_per_pixel(scene.waves.phase, chosen))
+        waves = _waves_chosen(scene.waves, chosen)
         material = rigid + start * _waves_per_pixel(waves, rigid)
         point = material
         for _ in range(8 if end else 0):
             point = material - end * _waves_per_pixel(waves, point)
-        ones = torch.ones_like(point[:, :1])
-        moved = (_per_pixel(target, chosen) * torch.cat([point, ones], dim=1)[:, None]).sum(dim=2)
+        moved = _applied(_per_pixel(scene.poses[:, :, end], chosen), point)
     flow = moved[:, :2] / moved[:, 2:].clamp(min=1e-4) - rays[None, :2]
     return flow.view(batch, 2, height, width).clamp(-2000, 2000)
+
+
+def _moved_rolling(scene: Scene, chosen: Tensor, rays: Tensor, start: int, end: int,
+                   height: int) -> Tensor:
+    """Return where each pixel's point is when the row it then lies in is read, (B, 3, HW).
+
+    Which row that is depends on where the point is: a fixed point, found by iteration, since
+    a point passes far fewer rows in the time of a readout than the readout does.
+    """
+    width = rays.shape[1] // height
+    times = _row_times(scene, start, height)  # (B, H)
+    poses = _poses_at(scene, start, times)  # (B, L, H, 3, 3)
+    row = torch.arange(height, device=rays.device).repeat_interleave(width)  # (HW,)
+    source = _per_pixel(_inverse(poses).flatten(1, 2), chosen * height + row)
+    plane = (source * rays[None, None]).sum(dim=2)
+    rigid = plane[:, :2] / plane[:, 2:]
+    waves = None if scene.waves is None else _waves_chosen(scene.waves, chosen)
+    material = rigid
+    if waves is not None:
+        material = rigid + times[:, row][:, None] * _waves_per_pixel(waves, rigid)
+    before, now, after = (_per_pixel(pose, chosen) for pose in _neighbours(scene, end))
+    moved, point = rays[None].expand(len(chosen), -1, -1), material
+    for _ in range(10):
+        y = moved[:, 1] / moved[:, 2].clamp(min=1e-4)  # about the middle row
+        lead = scene.readout[:, None] * (y / (height - 1)).clamp(-1, 1)  # type: ignore[index]
+        if waves is not None:
+            point = material - (end + lead)[:, None] * _waves_per_pixel(waves, point)
+        late = lead[:, None, None]
+        pose = now + late * torch.where(late < 0, now - before, after - now)
+        moved = _applied(pose, point)
+    return moved
+
+
+def _row_times(scene: Scene, time: int, height: int) -> Tensor:
+    """Return when each row is read, in frames: (B, H), or (B, 1) where all are at once."""
+    if scene.readout is None:
+        return scene.poses.new_full((scene.poses.shape[0], 1), time)
+    middle = torch.linspace(-0.5, 0.5, height, device=scene.poses.device)
+    return time + scene.readout[:, None] * middle
+
+
+def _neighbours(scene: Scene, time: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the poses (B, L, 3, 3) before, at and after ``time``; the ends go straight on."""
+    last = scene.poses.shape[2] - 1
+    now = scene.poses[:, :, time]
+    before = scene.poses[:, :, time - 1] if time > 0 else 2 * now - scene.poses[:, :, 1]
+    after = (scene.poses[:, :, time + 1] if time < last
+             else 2 * now - scene.poses[:, :, last - 1])
+    return before, now, after
+
+
+def _poses_at(scene: Scene, time: int, times: Tensor) -> Tensor:
+    """Return the poses (B, L, N, 3, 3) at the ``times`` (B, N), within one frame of ``time``."""
+    if scene.readout is None:
+        return scene.poses[:, :, time, None]
+    before, now, after = (pose[:, :, None] for pose in _neighbours(scene, time))
+    late = (times - time)[:, None, :, None, None]
+    return now + late * torch.where(late < 0, now - before, after - now)
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """Return the inverses of (..., 3, 3) by cross products: there are thousands of them."""
+    one, two, three = matrix.unbind(dim=-1)  # columns
+    rows = torch.stack([torch.linalg.cross(two, three), torch.linalg.cross(three, one),
+                        torch.linalg.cross(one, two)], dim=-2)
+    return rows / (rows[..., 0, :] * one).sum(dim=-1)[..., None, None]
+
+
+def _applied(matrix: Tensor, point: Tensor) -> Tensor:
+    """Apply (B, 3, 3, N) to the plane points (B, 2, N): (B, 3, N)."""
+    return (matrix[:, :, :2] * point[:, None]).sum(dim=2) + matrix[:, :, 2]
 
 
 def occlusion_between(flow: Tensor, layer: Tensor, layer_end: Tensor) -> Tensor:
@@ -214,6 +315,13 @@ def _waves(waves: Waves, index: int, point: Tensor) -> Tensor:
     """Return the displacement (B, 2, N) of layer ``index`` at the points (B, 2, N)."""
     angle = waves.frequency[:, index] @ point + waves.phase[:, index, :, None]  # (B, 2, N)
     return waves.amplitude[:, index].transpose(1, 2) @ torch.sin(angle)
+
+
+def _waves_chosen(waves: Waves, chosen: Tensor) -> Waves:
+    """Return the waves of the layer that each pixel shows, (B, ..., N)."""
+    return Waves(amplitude=_per_pixel(waves.amplitude, chosen),
+                 frequency=_per_pixel(waves.frequency, chosen),
+                 phase=_per_pixel(waves.phase, chosen))
 
 
 def _waves_per_pixel(waves: Waves, point: Tensor) -> Tensor:

@@ -12,30 +12,47 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Augmentation of pairs on the device: crops, flips, colour, light, noise, degraded priors."""
+"""Augmentation of pairs on the device: crops, flips, the camera's doings, degraded priors."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
 from flow_ros.ops.sampling import inside, warp
+from flow_ros.synthetic.camera import CameraConfig, develop
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images RGB 0..255 (B, 3, H, W); flow (B, 2, H, W) px; occlusion (B, 1, H, W) bool."""
+    """Images RGB 0..255 (B, 3, H, W) and the truth from ``image1`` to ``image2``.
+
+    ``flow`` (B, 2, H, W) px, NaN where it is not known; ``occlusion`` (B, 1, H, W) bool, or
+    None where the data do not know it. ``previous`` is the frame before ``image1``, as far
+    from it in time as ``image2``, where there is one: a warm start comes from there.
+    ``occlusion_known`` (B, 1, H, W) bool says where ``occlusion`` counts; None: everywhere.
+    """
 
     image1: Tensor
     image2: Tensor
     flow: Tensor
-    occlusion: Tensor
+    occlusion: Tensor | None
+    previous: Tensor | None = None
+    occlusion_known: Tensor | None = None
 
 
-def augment(batch: Batch, crop: tuple[int, int], random: Generator) -> Batch:
-    """Return a random crop, flipped and photometrically changed; the truth stays exact."""
-    return photometric(flip(random_crop(batch, crop, random), random), random)
+def augment(batch: Batch, crop: tuple[int, int], random: Generator,
+            camera: CameraConfig = CameraConfig()) -> Batch:
+    """Return a random crop, flipped, as a camera would deliver it; the truth stays exact."""
+    batch = flip(random_crop(batch, crop, random), random)
+    frames = [batch.image1, batch.image2]
+    if batch.previous is not None:
+        frames.append(batch.previous)
+    frames = develop(frames, camera, random)
+    return replace(batch, image1=frames[0], image2=frames[1],
+                   previous=frames[2] if len(frames) > 2 else None)
 
 
 def random_crop(batch: Batch, crop: tuple[int, int], random: Generator) -> Batch:
@@ -43,58 +60,38 @@ def random_crop(batch: Batch, crop: tuple[int, int], random: Generator) -> Batch
     height, width = batch.flow.shape[-2:]
     top = int(torch.randint(0, height - crop[0] + 1, (1,), generator=random))
     left = int(torch.randint(0, width - crop[1] + 1, (1,), generator=random))
-    cut = [values[..., top:top + crop[0], left:left + crop[1]]
-           for values in (batch.image1, batch.image2, batch.flow, batch.occlusion)]
-    flow = cut[2]
-    return Batch(cut[0], cut[1], flow, cut[3] | ~inside(flow))
+
+    def cut(values: Tensor) -> Tensor:
+        return values[..., top:top + crop[0], left:left + crop[1]]
+
+    flow = cut(batch.flow)
+    # Where the flow is not known, neither is whether it leaves.
+    gone = ~inside(flow) & torch.isfinite(flow).all(dim=1, keepdim=True)
+    return _each(batch, cut, flow,
+                 None if batch.occlusion is None else cut(batch.occlusion) | gone)
 
 
 def flip(batch: Batch, random: Generator) -> Batch:
     """Mirror the whole batch left-right or upside down."""
-    image1, image2, flow, occlusion = batch.image1, batch.image2, batch.flow, batch.occlusion
     for dim, component, chance in ((-1, 0, 0.5), (-2, 1, 0.15)):
         if float(torch.rand(1, generator=random)) < chance:
-            image1, image2, flow, occlusion = (values.flip(dim) for values in
-                                               (image1, image2, flow, occlusion))
-            sign = torch.ones(2, device=flow.device)
+            sign = torch.ones(2, device=batch.flow.device)
             sign[component] = -1
-            flow = flow * sign[None, :, None, None]
-    return Batch(image1, image2, flow, occlusion)
+
+            def mirror(values: Tensor, dim: int = dim) -> Tensor:
+                return values.flip(dim)
+
+            batch = _each(batch, mirror, mirror(batch.flow) * sign[None, :, None, None],
+                          None if batch.occlusion is None else mirror(batch.occlusion))
+    return batch
 
 
-def photometric(batch: Batch, random: Generator) -> Batch:
-    """Change colour, contrast, gamma and light, mostly alike in both frames, and add noise."""
-    count = batch.flow.shape[0]
-    device = batch.flow.device
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        values = torch.rand(count, *shape, 1, 1, generator=random)
-        return (low + (high - low) * values).to(device)
-
-    gain, gamma, tint = uniform(0.6, 1.4, 1), uniform(0.75, 1.35, 1), uniform(0.85, 1.15, 3)
-    shift = uniform(-0.15, 0.15, 1)
-    grey = uniform(0, 1, 1) < 0.15
-    images = []
-    asymmetric = uniform(0, 1, 1) < 0.35
-    for image in (batch.image1, batch.image2):
-        own_gain = torch.where(asymmetric, uniform(0.8, 1.2, 1), torch.ones_like(gain))
-        own_shift = torch.where(asymmetric, uniform(-0.08, 0.08, 1), torch.zeros_like(shift))
-        own_tint = torch.where(asymmetric, uniform(0.95, 1.05, 3), torch.ones_like(tint))
-        x = (image / 255).clamp(1e-3, 1) ** gamma
-        x = (x - 0.5) * gain * own_gain + 0.5 + shift + own_shift
-        x = x * tint * own_tint
-        x = torch.where(grey, x.mean(dim=1, keepdim=True), x)
-        images.append(x)
-    if float(torch.rand(1, generator=random)) < 0.3:  # defocus of one frame or both
-        which = int(torch.randint(0, 3, (1,), generator=random))
-        images = [functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode='replicate'), 3, 1)
-                  if which in (index, 2) else x for index, x in enumerate(images)]
-    sigma = uniform(0, 0.03, 1) * (uniform(0, 1, 1) < 0.6)
-    # Drawn where it is used: of all random numbers only these are many.
-    noise = Generator(device).manual_seed(int(torch.randint(0, 2 ** 31, (1,), generator=random)))
-    noisy = [x + sigma * torch.randn(x.shape, generator=noise, device=device) for x in images]
-    one, two = (x.clamp(0, 1) * 255 for x in noisy)
-    return Batch(one, two, batch.flow, batch.occlusion)
+def _each(batch: Batch, change: Callable[[Tensor], Tensor], flow: Tensor,
+          occlusion: Tensor | None) -> Batch:
+    """Return the batch with ``change`` done to every image and the truth given."""
+    return Batch(image1=change(batch.image1), image2=change(batch.image2), flow=flow,
+                 occlusion=occlusion,
+                 previous=None if batch.previous is None else change(batch.previous))
 
 
 def degraded_prior(flow: Tensor, random: Generator) -> Tensor:

@@ -19,7 +19,7 @@ from collections import OrderedDict
 import torch
 from torch import Generator
 
-from flow_ros.synthetic.world import Pairs, World
+from flow_ros.synthetic.world import Clip, World
 from flow_ros.training.augment import augment, Batch
 from flow_ros.training.recipe import Stage
 
@@ -27,36 +27,43 @@ from flow_ros.training.recipe import Stage
 class Procedural:
     """Batches of scenes by index; each rendered scene is kept while it may be used again.
 
-    ``rank`` of ``processes`` takes its share of every batch, with scenes of its own.
+    ``rank`` of ``processes`` takes its share of every batch, with scenes of its own. A scene
+    has ``frames`` frames; from 3 on, every other batch knows the frame before its first.
     """
 
     def __init__(self, world: World, *, rank: int = 0, processes: int = 1, reuse: int = 4,
-                 keep: int = 12) -> None:
+                 keep: int = 12, frames: int = 3) -> None:
         self.world, self.rank, self.processes = world, rank, processes
-        self.reuse, self.keep = reuse, keep
-        self._kept: OrderedDict[tuple[int, Stage], Pairs] = OrderedDict()
+        self.reuse, self.keep, self.frames = reuse, keep, frames
+        self._kept: OrderedDict[tuple[int, Stage], Clip] = OrderedDict()
 
     def batch(self, step: int, stage: Stage, random: Generator) -> Batch:
-        """Return the augmented crops of ``step``: a recent scene in one direction.
+        """Return the augmented crops of ``step``: two frames of a recent scene, either way.
 
         A function of ``step``, ``stage`` and the state of ``random``, whatever came before.
         """
         newest = step // self.reuse
         age = int(torch.randint(0, min(self.keep, newest + 1), (1,), generator=random))
-        pairs = self._pairs(newest - age, stage)
+        clip = self._clip(newest - age, stage)
+        first = int(torch.randint(0, self.frames - 1, (1,), generator=random))
         if bool(torch.rand(1, generator=random) < 0.5):
-            batch = Batch(pairs.image1, pairs.image2, pairs.forward, pairs.occluded_forward)
-        else:
-            batch = Batch(pairs.image2, pairs.image1, pairs.backward, pairs.occluded_backward)
-        return augment(batch, stage.crop, random)
+            batch = Batch(clip.images[first], clip.images[first + 1], clip.forward[first],
+                          clip.occluded_forward[first],
+                          previous=clip.images[first - 1] if first > 0 else None)
+        else:  # as a film that runs backwards
+            after = first + 2
+            batch = Batch(clip.images[first + 1], clip.images[first], clip.backward[first],
+                          clip.occluded_backward[first],
+                          previous=clip.images[after] if after < self.frames else None)
+        return augment(batch, stage.crop, random, self.world.config.camera)
 
-    def _pairs(self, index: int, stage: Stage) -> Pairs:
+    def _clip(self, index: int, stage: Stage) -> Clip:
         key = (index, stage)
         if key not in self._kept:
             with torch.no_grad():
-                self._kept[key] = self.world.pairs(
+                self._kept[key] = self.world.clip(
                     index * self.processes + self.rank, size=stage.render,
-                    batch=max(1, stage.batch // self.processes),
+                    batch=max(1, stage.batch // self.processes), frames=self.frames,
                     largest_motion_px=stage.largest_motion_px)
             while len(self._kept) > self.keep:
                 self._kept.popitem(last=False)

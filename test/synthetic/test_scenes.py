@@ -32,7 +32,8 @@ def world() -> World:
     return World(seed=5, config=SMALL)
 
 
-def scene(poses: list[Tensor], waves: Waves | None = None) -> Scene:
+def scene(poses: list[Tensor], waves: Waves | None = None,
+          readout: Tensor | None = None) -> Scene:
     """One smooth surface and, for every further pose, one opaque object."""
     y, x = torch.meshgrid(torch.linspace(0, 6, 64), torch.linspace(0, 6, 64), indexing='ij')
     smooth = torch.stack([x.sin(), y.cos(), (x + y).sin()]) * 100 + 128
@@ -43,7 +44,7 @@ def scene(poses: list[Tensor], waves: Waves | None = None) -> Scene:
     texture[:, 1:, 0, 0] = texture[:, 1:, 1, 1] = 1 / 10
     return Scene(surfaces=smooth[None, None], objects=solid.expand(1, count, 4, 16, 16),
                  poses=torch.stack(poses)[None], texture=texture,
-                 fade=torch.full((1, count + 1), 1e9), waves=waves)
+                 fade=torch.full((1, count + 1), 1e9), waves=waves, readout=readout)
 
 
 def moved(x: float, y: float) -> Tensor:
@@ -75,7 +76,7 @@ def test_a_covered_pixel_is_occluded_and_an_uncovered_one_is_not() -> None:
     assert not bool(row[right + 10:].any())
 
 
-@pytest.mark.parametrize('kind', ['rigid', 'waves'])
+@pytest.mark.parametrize('kind', ['rigid', 'waves', 'rolling', 'rolling waves', 'rolling up'])
 def test_warping_the_second_frame_gives_the_first(kind: str) -> None:
     """Smooth texture, so that what is left is the flow's error and not the sampling's."""
     random = np.random.default_rng(0)
@@ -83,11 +84,12 @@ def test_warping_the_second_frame_gives_the_first(kind: str) -> None:
     poses[1, :2, :2] += torch.from_numpy(random.normal(0, 0.03, (2, 2))).float()
     poses[1, 2, 0] = 3e-4
     waves = None
-    if kind == 'waves':
+    if 'waves' in kind:
         waves = Waves(amplitude=torch.tensor([[[[1.5, 1.0], [0.5, -1.0]]]]),
                       frequency=torch.tensor([[[[0.08, 0.02], [-0.03, 0.09]]]]),
                       phase=torch.tensor([[[0.3, 1.2]]]))
-    made = scene([poses], waves)
+    readout = torch.tensor([-0.8 if 'up' in kind else 0.8]) if 'rolling' in kind else None
+    made = scene([poses], waves, readout)
     first, second = render(made, 0, (96, 128)), render(made, 1, (96, 128))
     for one, other, start, end in ((first, second, 0, 1), (second, first, 1, 0)):
         flow = flow_between(made, one.layer, start, end)
@@ -96,6 +98,22 @@ def test_warping_the_second_frame_gives_the_first(kind: str) -> None:
         assert float(error[seen].max()) < 0.6  # of 255: a wrong flow of 0.1 px shows 1 and more
         wrong = (warp(other.image, flow + 0.5) - one.image).abs().amax(dim=1, keepdim=True)
         assert float(wrong[seen].mean()) > 3 * float(error[seen].mean())
+
+
+def test_a_rolling_shutter_sees_every_row_at_its_own_time() -> None:
+    """A plane that moves sideways at 10 px a frame is slanted; one that falls is stretched."""
+    global_ = scene([moved(10, 0)])
+    rolling = scene([moved(10, 0)], readout=torch.tensor([0.5]))
+    straight, slanted = (render(each, 0, (65, 96)).image for each in (global_, rolling))
+    for row, shift in ((0, -2.5), (32, 0.0), (64, 2.5)):
+        there = warp(straight, torch.tensor([-shift, 0.0]).view(1, 2, 1, 1).expand(1, 2, 65, 96))
+        inner = slice(8, -8)
+        assert torch.allclose(slanted[..., row, inner], there[..., row, inner], atol=0.5)
+    falling = scene([moved(0, 6)], readout=torch.tensor([0.5]))
+    flow = flow_between(falling, render(falling, 0, (65, 96)).layer, 0, 1)
+    # The point is 6 px lower a frame later, and is read later still by what it has fallen:
+    # d = 6 (1 + 0.5 d / 64).
+    assert torch.allclose(flow[:, 1, 20:40], torch.tensor(6 / (1 - 6 * 0.5 / 64)), atol=0.02)
 
 
 def visible_error(pairs: Pairs) -> tuple[float, float]:

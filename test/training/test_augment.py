@@ -14,18 +14,20 @@
 
 """Augmentation keeps the truth true."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Generator, Tensor
 
 from flow_ros.ops.sampling import warp
+from flow_ros.synthetic.camera import CLEAN
 from flow_ros.synthetic.world import World, WorldConfig
 from flow_ros.training.augment import (
     augment,
     Batch,
     degraded_prior,
     flip,
-    photometric,
     random_crop,
 )
 
@@ -69,13 +71,36 @@ def test_what_leaves_the_crop_is_occluded(batch: Batch) -> None:
     assert bool(cropped.occlusion[outside].all())
 
 
-def test_photometric_changes_colours_only_and_stays_in_range(batch: Batch) -> None:
-    changed = photometric(batch, Generator().manual_seed(0))
-    assert torch.equal(changed.flow, batch.flow)
-    assert not torch.equal(changed.image1, batch.image1)
-    for image in (changed.image1, changed.image2):
-        assert 0 <= float(image.min())
-        assert float(image.max()) <= 255
+def test_the_camera_changes_colours_only(batch: Batch) -> None:
+    random = Generator().manual_seed(0)
+    changed = augment(batch, (96, 128), random, replace(CLEAN, light=1))
+    still = augment(batch, (96, 128), Generator().manual_seed(0), CLEAN)
+    assert torch.equal(changed.flow, still.flow)
+    assert not torch.equal(changed.image1, still.image1)
+
+
+def test_the_frame_before_goes_the_same_way(batch: Batch) -> None:
+    """Whatever happens to image 1 happens to the frame before it, here the same image."""
+    triple = replace(batch, previous=batch.image1)
+    for seed in range(5):
+        changed = augment(triple, (64, 80), Generator().manual_seed(seed), CLEAN)
+        assert changed.previous is not None
+        assert torch.equal(changed.previous, changed.image1)
+    assert augment(batch, (64, 80), Generator().manual_seed(0)).previous is None
+
+
+def test_sparse_truth_stays_sparse(batch: Batch) -> None:
+    flow = batch.flow.clone()
+    flow[..., ::2] = float('nan')
+    changed = flip(random_crop(replace(batch, flow=flow, occlusion=None), (64, 80),
+                               Generator().manual_seed(3)), Generator().manual_seed(3))
+    assert changed.occlusion is None
+    assert 0.45 < float(torch.isfinite(changed.flow).float().mean()) < 0.55
+    known = random_crop(replace(batch, flow=torch.full_like(flow, float('nan')),
+                                occlusion=torch.zeros_like(batch.occlusion)), (64, 80),
+                        Generator().manual_seed(3))
+    assert known.occlusion is not None
+    assert not bool(known.occlusion.any())  # unknown flow does not leave the image
 
 
 def test_augmentation_is_a_function_of_its_generator(batch: Batch) -> None:
