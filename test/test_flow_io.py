@@ -52,7 +52,7 @@ def test_kitti_has_the_published_layout(tmp_path: Path) -> None:
     assert blue_first.tolist() == [[[1, 32768 - 128, 32768 + 64], [0, 0, 0]]]
 
 
-@pytest.mark.parametrize('suffix', ['.flo', '.png'])
+@pytest.mark.parametrize('suffix', ['.flo', '.png', '.pfm'])
 def test_round_trip_keeps_flow_and_invalid(tmp_path: Path, suffix: str) -> None:
     flow = some_flow()
     flow[2, 3] = np.nan
@@ -71,6 +71,42 @@ def test_round_trip_keeps_flow_and_invalid(tmp_path: Path, suffix: str) -> None:
     assert np.isnan(read[~read_valid]).all()
 
 
+def test_pfm_has_the_published_layout(tmp_path: Path) -> None:
+    flow = np.array([[[1.5, -2.0]], [[0.0, 4.0]]], dtype=np.float32)
+    write_flow(tmp_path / 'a.pfm', flow)
+    header, values = (tmp_path / 'a.pfm').read_bytes().split(b'-1.0\n')
+    assert header == b'PF\n1 2\n'
+    assert struct.unpack('<6f', values) == (0.0, 4.0, 0.0, 1.5, -2.0, 0.0)  # from below
+    for other in (b'PF\n1 two\n-1.0\n', b'PF\n0 2\n-1.0\n'):
+        (tmp_path / 'b.pfm').write_bytes(other + values)
+        with pytest.raises(FlowFileError, match=r'b\.pfm is damaged'):
+            read_flow(tmp_path / 'b.pfm')
+    (tmp_path / 'b.pfm').write_bytes(b'Pf\n2 3\n-1.0\n' + values)  # grey: a disparity
+    with pytest.raises(FlowFileError, match='three channels'):
+        read_flow(tmp_path / 'b.pfm')
+
+
+def test_flo5_is_read(tmp_path: Path) -> None:
+    h5py = pytest.importorskip('h5py')
+    flow = some_flow()
+    flow[2, 3, 1] = np.nan
+    for name, values in (('flow', flow), ('disparity', flow), ('flow', flow[..., 0])):
+        with h5py.File(tmp_path / 'a.flo5', 'w') as file:
+            file.create_dataset(name, data=values, compression='gzip')
+        if name == 'flow' and values.ndim == 3:
+            read, valid = read_flow(tmp_path / 'a.flo5')
+            assert np.argwhere(~valid).tolist() == [[2, 3]]
+            np.testing.assert_array_equal(read[valid], flow[valid])
+            whole = (tmp_path / 'a.flo5').read_bytes()
+        else:
+            with pytest.raises(FlowFileError, match='disparity|expected'):
+                read_flow(tmp_path / 'a.flo5')
+    for length in range(8, len(whole) - 1, 97):
+        (tmp_path / 'a.flo5').write_bytes(whole[:length])
+        with pytest.raises(FlowFileError, match=r'a\.flo5'):
+            read_flow(tmp_path / 'a.flo5')
+
+
 def test_flo_unknown_values_of_others(tmp_path: Path) -> None:
     values = (1e9, 0.0, 1.0, -2e9, 1666666752.0, 1666666752.0, 3.0, 4.0)
     (tmp_path / 'a.flo').write_bytes(struct.pack('<fii8f', 202021.25, 2, 2, *values))
@@ -80,7 +116,7 @@ def test_flo_unknown_values_of_others(tmp_path: Path) -> None:
     assert np.isnan(flow[~valid]).all()
 
 
-@pytest.mark.parametrize('suffix', ['.flo', '.png'])
+@pytest.mark.parametrize('suffix', ['.flo', '.png', '.pfm'])
 def test_every_truncation_is_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f'a{suffix}'
     write_flow(path, some_flow())
@@ -157,7 +193,7 @@ def test_images_are_rgb(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_mask(tmp_path / 'a.png'), (image != 0).any(axis=2))
 
 
-@pytest.mark.parametrize('suffix', ['.png', '.jpg'])
+@pytest.mark.parametrize('suffix', ['.png', '.jpg', '.ppm', '.webp'])
 def test_truncated_images_are_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f'a{suffix}'
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -18,10 +18,13 @@ import argparse
 from collections.abc import Mapping
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 from flow_ros import __version__
 from flow_ros.cli import CommandError
+
+if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is needed
+    from flow_ros.evaluation import PairSource, Skipped
 
 RUNTIMES = ('torch', 'auto', 'openvino', 'tensorrt')
 DESCRIPTION = """Measure a network against ground truth, beside OpenCV DIS (medium) and zero flow.
@@ -30,6 +33,9 @@ DIR is searched recursively for folders that hold frame1.png, frame2.png and the
 flow.flo (dense; 1e9 and more means unknown) or flow.png (KITTI, 16-bit, sparse). Where a
 folder also holds occlusion.png (not black: occluded in frame 2) or boundary.png (not black:
 on a motion boundary), errors are split by them. Folders without truth are listed and skipped.
+
+In place of --data, --data-set names a public set and where it lies, in the layout it is
+published in: kitti2015:/data/kitti. A third part is the split: chairs:/data/chairs:val.
 """
 
 
@@ -38,8 +44,12 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         'evaluate', help='measure a network against ground truth', description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--data', type=Path, required=True, metavar='DIR',
-                        help='folder of pairs')
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument('--data', type=Path, metavar='DIR', help='folder of pairs')
+    data.add_argument('--data-set', metavar='NAME:DIR[:SPLIT]',
+                      help='public data set; a wrong NAME lists those known')
+    parser.add_argument('--samples', type=_positive, metavar='N',
+                        help='measure N samples, evenly spread over the data (default: all)')
     parser.add_argument('--network', default='dip_rt', metavar='NAME',
                         help='network to measure (default: %(default)s)')
     parser.add_argument('--weights', metavar='FILE', default='default',
@@ -61,19 +71,12 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
-    from flow_ros.evaluation import baselines, Estimate, evaluate, find_pairs, LoadedPair, Pair
+    from flow_ros.evaluation import baselines, Estimate, evaluate, LoadedPair, PairSource
     from flow_ros.evaluation.pictures import pair_strip
     from flow_ros.evaluation.tables import report_tables
-    from flow_ros.flow_io import FlowFileError, write_image
+    from flow_ros.flow_io import write_image
 
-    try:
-        pairs, without_truth = find_pairs(options.data)
-    except FlowFileError as error:
-        raise CommandError(str(error)) from error
-    if not pairs:
-        found = ''.join(f'; {row.name}: {row.reason}' for row in without_truth)
-        raise CommandError(f'no pair with truth below {options.data}{found}. A pair is a folder '
-                           'with frame1.png, frame2.png and flow.flo or flow.png')
+    pairs, without_truth = _pairs(options)
     _check_writable(options)
     subject, facts = _network(options)
     messages = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -85,7 +88,8 @@ def run(options: argparse.Namespace) -> int:
                   disable=not messages.is_terminal) as progress:
         task = progress.add_task('', total=len(pairs))
 
-        def on_pair(pair: Pair, loaded: LoadedPair, estimates: Mapping[str, Estimate]) -> None:
+        def on_pair(pair: PairSource, loaded: LoadedPair,
+                    estimates: Mapping[str, Estimate]) -> None:
             progress.update(task, advance=1, description=pair.name)
             if options.pictures is not None:
                 path = options.pictures / f'{pair.name}.png'
@@ -102,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     for table in report_tables(report):
         console.print(table)
     if options.json is not None:
-        content = {'flow_ros': __version__, 'data': str(options.data), **facts,
+        content = {'flow_ros': __version__, 'data': options.data_set or str(options.data), **facts,
                    **report.as_dict()}
         content['skipped'] = [{'name': row.name, 'reason': row.reason}
                               for row in (*without_truth, *report.skipped)]
@@ -111,6 +115,35 @@ def run(options: argparse.Namespace) -> int:
     if options.pictures is not None:
         print(f'pictures: {options.pictures}')
     return 1 if report.skipped else 0
+
+
+def _pairs(options: argparse.Namespace) -> tuple[list['PairSource'], list['Skipped']]:
+    """Return what is to be measured, and what was found without truth."""
+    from flow_ros.evaluation import find_pairs
+    from flow_ros.evaluation.data_sets import DataSetError, open_data_set
+    from flow_ros.flow_io import FlowFileError
+
+    pairs: list[PairSource] = []
+    without_truth: list[Skipped] = []
+    try:
+        if options.data_set is not None:
+            name, root, split = (*options.data_set.split(':', 2), '', '')[:3]
+            if not root:
+                raise DataSetError(f'--data-set: expected NAME:DIR; seen {options.data_set!r}')
+            pairs.extend(open_data_set(name, root, split).pairs())
+        else:
+            found, without_truth = find_pairs(options.data)
+            pairs.extend(found)
+    except (DataSetError, FlowFileError) as error:
+        raise CommandError(str(error)) from error
+    if not pairs:
+        found_none = ''.join(f'; {row.name}: {row.reason}' for row in without_truth)
+        raise CommandError(f'no pair with truth below {options.data}{found_none}. A pair is a '
+                           'folder with frame1.png, frame2.png and flow.flo or flow.png')
+    if options.samples is not None and options.samples < len(pairs):
+        step = len(pairs) / options.samples
+        pairs = [pairs[int((number + 0.5) * step)] for number in range(options.samples)]
+    return pairs, without_truth
 
 
 def _network(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -33,7 +33,7 @@ from flow_ros.evaluation.metrics import (
     mean_metrics,
     TITLES,
 )
-from flow_ros.evaluation.pairs import find_pairs, LoadedPair, Pair, Skipped
+from flow_ros.evaluation.pairs import find_pairs, LoadedPair, Pair, PairSource, Skipped
 
 __all__ = [
     'baselines',
@@ -51,6 +51,7 @@ __all__ = [
     'network_estimator',
     'Pair',
     'PairResult',
+    'PairSource',
     'Report',
     'Skipped',
     'TITLES',

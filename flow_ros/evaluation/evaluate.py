@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flow_ros.evaluation.metrics import Calibration, flow_metrics, mean_metrics
-from flow_ros.evaluation.pairs import LoadedPair, Pair, Skipped
+from flow_ros.evaluation.pairs import LoadedPair, PairSource, Skipped
 from flow_ros.flow_io import FlowFileError
 
 if TYPE_CHECKING:  # torch takes seconds to import, and reading a table needs none of it
@@ -197,10 +197,10 @@ class Report:
         }
 
 
-OnPair = Callable[[Pair, LoadedPair, Mapping[str, Estimate]], None]
+OnPair = Callable[[PairSource, LoadedPair, Mapping[str, Estimate]], None]
 
 
-def evaluate(estimators: Mapping[str, Estimator], pairs: Iterable[Pair], *,
+def evaluate(estimators: Mapping[str, Estimator], pairs: Iterable[PairSource], *,
              warm_up: bool = False, on_pair: OnPair | None = None) -> Report:
     """Run ``estimators`` (by name, the one under test first) over ``pairs``.
 

@@ -28,7 +28,7 @@ The last two have the size of frame 1. A pair's name is its folder below DIR.
 from dataclasses import dataclass
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
@@ -51,6 +51,17 @@ class LoadedPair:
     truth: NDArray[np.float32]
     occlusion: NDArray[np.bool_] | None = None
     boundary_distance: NDArray[np.float32] | None = None
+
+
+class PairSource(Protocol):
+    """What the evaluation takes: a pair of a folder, or a sample of a data set."""
+
+    @property
+    def name(self) -> str:
+        """What the tables call it."""
+
+    def load(self) -> LoadedPair:
+        """Read it; raises FlowFileError where a file is damaged or of another size."""
 
 
 @dataclass(frozen=True)

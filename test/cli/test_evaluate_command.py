@@ -100,6 +100,35 @@ def test_the_numbers_are_those_of_the_network(data: Path, weights: Path,
     assert row['epe'] == pytest.approx(float(epe), rel=1e-4)
 
 
+def test_a_public_data_set(tmp_path: Path, weights: Path,
+                           capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / 'kitti'
+    for folder in ('image_2', 'flow_occ'):
+        (root / 'training' / folder).mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for number in range(4):
+        for time in (10, 11):
+            write_image(root / 'training' / 'image_2' / f'{number:06d}_{time}.png',
+                        random.integers(0, 256, (*SIZE, 3), dtype=np.uint8))
+        flow = np.full((*SIZE, 2), np.nan, np.float32)
+        flow[::3, ::3] = (3, 4)
+        write_flow(root / 'training' / 'flow_occ' / f'{number:06d}_10.png', flow)
+    numbers = tmp_path / 'numbers.json'
+    command = ['evaluate', '--weights', str(weights), '--iterations', '1', '--json', str(numbers)]
+    assert main([*command, '--data-set', f'kitti2015:{root}', '--samples', '2']) == 0
+    content = json.loads(numbers.read_text())
+    assert content['data'] == f'kitti2015:{root}'
+    assert [row['name'] for row in content['pairs']] == ['000001', '000003']
+    assert content['baselines']['zero']['means']['epe'] == pytest.approx(5.0)
+    capsys.readouterr()
+    for wrong, expected in ((f'hd1k:{root}', 'is not HD1K: expected hd1k_input/image_2'),
+                            ('kitti2015', 'expected NAME:DIR'),
+                            (f'kitti:{root}', 'known are chairs'),
+                            (f'chairs:{root}:test', 'splits train, val, all')):
+        assert main([*command, '--data-set', wrong]) == 2
+        assert expected in ' '.join(capsys.readouterr().err.split())
+
+
 def test_openvino_gives_the_numbers_of_torch(data: Path, weights: Path, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip('openvino')

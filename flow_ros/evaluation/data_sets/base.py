@@ -240,8 +240,8 @@ def leaves(flow: FloatArray) -> BoolArray:
 def occlusion_from_flows(flow: FloatArray, backward: FloatArray) -> BoolArray:
     """Return the pixels (H, W) of exact ``flow`` that no pixel of ``backward`` comes back to.
 
-    A pixel is visible if one of the four pixels around its target comes back to it within
-    ``AGREE_PX`` (more for the stretch between neighbours: 5 % of the flow's length).
+    A pixel is visible if a pixel less than 3/4 px from its target, each way, comes back to it
+    within ``AGREE_PX`` (more for the stretch between neighbours: 5 % of the flow's length).
     """
     height, width = flow.shape[:2]
     goal = targets(flow)
@@ -252,7 +252,8 @@ def occlusion_from_flows(flow: FloatArray, backward: FloatArray) -> BoolArray:
     seen = np.zeros((height, width), dtype=bool)
     for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
         x, y = low[..., 0] + dx, low[..., 1] + dy
-        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        near = (np.abs(goal - np.stack([x, y], axis=2)) < 0.75).all(axis=2)
+        inside = near & (x >= 0) & (x < width) & (y >= 0) & (y < height)
         back = backward[np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)]
         with np.errstate(invalid='ignore'):
             rest = flow + back
