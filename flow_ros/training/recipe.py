@@ -14,13 +14,19 @@
 
 """What a training run is made of: a YAML file, read into frozen dataclasses."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+import types
+from typing import Any, get_args, get_origin, get_type_hints, Union
 
 import yaml
 
 from flow_ros.synthetic.world import WorldConfig
+from flow_ros.training.sample_augment import AugmentConfig
+from flow_ros.training.sample_loading import DataSetShare, PROCEDURAL
+
+PRECISIONS: tuple[str, ...] = ('bf16-mixed', '32-true')
+ANNEALS: tuple[str, ...] = ('cosine', 'linear')
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Stage:
     until: float
     """Ends at this share of the run, in (0, 1]."""
     batch: int
+    """Pairs per optimizer step, of all processes together."""
     render: tuple[int, int]
     crop: tuple[int, int]
     largest_motion_px: float | None = None
@@ -37,73 +44,193 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Validation:
+    """What is measured on the way, with the averaged weights.
+
+    Always on the same held-out procedural scenes, so that curves and runs can be compared; its
+    time is part of the run's minutes, since these are minutes of wall clock.
+    """
+
+    every_minutes: float | None = 10.0
+    """None: only ``every_steps``, and at the end."""
+    every_steps: int | None = None
+    pairs: int = 16
+    """0 leaves the procedural scenes out."""
+    seed: int = 1_000_003
+    """Of the held-out world."""
+    render: tuple[int, int] = (288, 384)
+    crop: tuple[int, int] = (256, 352)
+    iterations: tuple[int, ...] = (2, 4, 8)
+    """Cold starts, per level."""
+    warm_iterations: int | None = 2
+    pictures: int = 3
+    """Example pairs drawn into TensorBoard."""
+    data: tuple[DataSetShare, ...] = ()
+    """Data sets to measure as well, at full size; their ratio has no meaning here."""
+    samples: int = 16
+    """Of each data set, evenly spread over it."""
+
+
+@dataclass(frozen=True)
 class Recipe:
-    """One training run of one network on the procedural world."""
+    """One training run of one network."""
 
     network: str = 'dip_rt'
+    options: dict[str, Any] = field(default_factory=dict)
+    """The network's own, as ``flow_ros.networks.create`` takes them."""
     seed: int = 0
     minutes: float = 60.0
     """The schedule's length in wall-clock minutes; the run ends with it, complete."""
+    steps: int | None = None
+    """The schedule's length in steps, in place of minutes: the same machine repeats the run."""
+    precision: str = 'bf16-mixed'
+    """Or 32-true."""
+    accumulate: int = 1
+    """In how many parts a process works off its share of a batch: less memory, same step."""
     learning_rate: float = 6e-4
     weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
     warmup: float = 0.04
     """Share of the run in which the learning rate rises."""
+    anneal: str = 'cosine'
+    """How it falls afterwards: cosine or linear (RAFT's and DIP's OneCycle)."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.998
     """Decay per step of the averaged weights, which are the ones saved."""
     gamma: float = 0.8
     """Weight ratio of successive predictions: DIP equation 9."""
+    iterations: int | None = None
+    """Per level, where the network trains with a fixed number; None is its default."""
+    checkpointed: bool = False
+    """Compute each iteration again in the backward pass: a third more time, less memory."""
     matching: float = 2.0
     """Weight of the matching loss."""
     warm: float = 0.25
-    """Share of batches that start from a degraded true flow."""
+    """Share of batches with a warm start."""
+    warm_real: float = 0.5
+    """Of these: from the network's own flow of the frame before, carried as on a stream, where
+    the data know that frame. The rest starts from a degraded true flow."""
     reuse: int = 4
     """How often a rendered scene is used: directions times augmentations."""
     world: WorldConfig = field(default_factory=WorldConfig)
+    data: tuple[DataSetShare, ...] = (DataSetShare(PROCEDURAL),)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Of the data sets; the world has its camera."""
+    workers: int = 4
+    """Processes that read and augment data sets; the world needs none."""
     stages: tuple[Stage, ...] = (Stage(1.0, 8, (288, 384), (256, 320)),)
+    validation: Validation = field(default_factory=Validation)
+    log_every: int = 50
+    """Steps between two lines of the log."""
 
 
 def read_recipe(path: Path) -> Recipe:
     """Read ``path``; raises ValueError naming a field that is unknown or out of range."""
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())}') from error
-    if isinstance(values, dict):
-        if 'world' in values:
-            values['world'] = _make(WorldConfig, values['world'], f'{path}, world')
-        if isinstance(values.get('stages'), list):
-            values['stages'] = tuple(_make(Stage, stage, f'{path}, stage {number}')
-                                     for number, stage in enumerate(values['stages'], start=1))
+    if isinstance(values, dict) and values.get('steps') and values.get('minutes'):
+        raise ValueError(f'{path}: the schedule goes by minutes or by steps; give one of them')
     recipe: Recipe = _make(Recipe, values, str(path))
-    if not recipe.stages or recipe.stages[-1].until < 1:
-        raise ValueError(f'{path}: the last stage must last until 1.0')
-    for stage in recipe.stages:
-        if stage.batch < 1:
-            raise ValueError(f'{path}: a batch has at least 1 pair; seen {stage.batch}')
-        if any(side % 16 for side in stage.crop):
-            raise ValueError(f'{path}: crop sides must be multiples of 16; seen {stage.crop}')
-        if any(part > whole for part, whole in zip(stage.crop, stage.render)):
-            raise ValueError(f'{path}: crop {stage.crop} does not fit into {stage.render}')
+    check_recipe(recipe, str(path))
     return recipe
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """Return ``recipe`` as YAML that ``read_recipe`` reads back, all fields told."""
+    values = _plain(asdict(recipe))
+    del values['minutes' if recipe.steps else 'steps']
+    text: str = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=99)
+    return text
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (tuple, list)) else value
+
+
+def check_recipe(recipe: Recipe, where: str) -> None:
+    """Raise ValueError naming what is out of range."""
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise ValueError(f'{where}: {message}')
+
+    require(recipe.steps is None or recipe.steps >= 1,
+            f'steps must be at least 1; seen {recipe.steps}')
+    require(recipe.minutes > 0, f'minutes must be positive; seen {recipe.minutes}')
+    require(recipe.precision in PRECISIONS,
+            f'precision must be one of {", ".join(PRECISIONS)}; seen {recipe.precision!r}')
+    require(recipe.anneal in ANNEALS,
+            f'anneal must be one of {", ".join(ANNEALS)}; seen {recipe.anneal!r}')
+    require(recipe.accumulate >= 1, f'accumulate must be at least 1; seen {recipe.accumulate}')
+    require(recipe.log_every >= 1, f'log_every must be at least 1; seen {recipe.log_every}')
+    require(bool(recipe.data), 'data must name at least one data set, or be left out for the '
+            'procedural world')
+    require(bool(recipe.stages) and recipe.stages[-1].until >= 1,
+            'the last stage must last until 1.0')
+    for stage in recipe.stages:
+        require(stage.batch >= 1, f'a batch has at least 1 pair; seen {stage.batch}')
+        require(stage.batch % recipe.accumulate == 0, f'a batch of {stage.batch} cannot be '
+                f'worked off in {recipe.accumulate} equal parts (accumulate)')
+    areas = [(stage.render, stage.crop) for stage in recipe.stages]
+    for render, crop in (*areas, (recipe.validation.render, recipe.validation.crop)):
+        require(not any(side % 16 for side in crop),
+                f'crop sides must be multiples of 16; seen {crop}')
+        require(all(part <= whole for part, whole in zip(crop, render)),
+                f'crop {crop} does not fit into {render}')
 
 
 def _make(kind: type[Any], values: Any, where: str) -> Any:
     """Make a dataclass from a mapping; raises ValueError naming what is wrong ``where``."""
     if not isinstance(values, dict):
         raise ValueError(f'{where} must hold a mapping of fields; seen {values!r}')
-    known = {entry.name: entry for entry in fields(kind)}
+    known = [entry.name for entry in fields(kind)]
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
         raise ValueError(f'{where}: unknown fields {", ".join(unknown)}; known are '
                          f'{", ".join(known)}')
-    for key, value in values.items():
-        if isinstance(value, str) and known[key].type is not str:
-            raise ValueError(f'{where}: {key} must not be text; seen {value!r} (YAML reads 1e-4 '
-                             f'as text: write 1.0e-4)')
+    hints = get_type_hints(kind)
+    made = {key: _value(value, hints[key], key, where) for key, value in values.items()}
     try:
-        return kind(**{key: tuple(value) if isinstance(value, list) else value
-                       for key, value in values.items()})
-    except TypeError as error:  # a field without a default is missing
+        return kind(**made)
+    except (TypeError, ValueError) as error:  # a field is missing, or out of range
         raise ValueError(f'{where}: {error}') from error
+
+
+def _value(value: Any, kind: Any, key: str, where: str) -> Any:
+    """Return ``value`` as a field of type ``kind`` holds it."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(one for one in kinds if one is not type(None))
+    if is_dataclass(kind):
+        return _make(kind, value, f'{where}, {key}')  # type: ignore[arg-type]
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f'{where}: {key} must be a list; seen {value!r}')
+        inner = get_args(kind)
+        if inner[-1] is not Ellipsis and len(inner) != len(value):
+            raise ValueError(f'{where}: {key} must have {len(inner)} entries; seen {value!r}')
+        one = key[:-1] if key.endswith('s') else key
+        return tuple(_value(entry, inner[0], f'{one} {number}', where)
+                     for number, entry in enumerate(value, start=1))
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f'{where}: {key} must be a mapping; seen {value!r}')
+        return dict(value)
+    if isinstance(value, str) and kind is not str:
+        raise ValueError(f'{where}: {key} must not be text; seen {value!r} (YAML reads 1e-4 '
+                         f'as text: write 1.0e-4)')
+    fits = {int: isinstance(value, int) and not isinstance(value, bool),
+            float: isinstance(value, (int, float)) and not isinstance(value, bool),
+            bool: isinstance(value, bool), str: isinstance(value, str)}
+    if not fits.get(kind, True):
+        raise ValueError(f'{where}: {key} must be {_NAMES[kind]}; seen {value!r}')
+    return value
+
+
+_NAMES = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}

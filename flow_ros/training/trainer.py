@@ -12,82 +12,46 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Trains DIP-RT on the procedural world, on a CPU or a GPU, alone or by torchrun, and resumes."""
+"""Trains a network by a recipe, on a CPU or GPUs, alone or by torchrun, and resumes exactly."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 import json
 import math
-import os
 from pathlib import Path
-import pickle
+import signal
+import threading
 import time
+from typing import Any, Protocol
 
+from safetensors import SafetensorError
 import torch
-from torch import distributed, Generator, nn, Tensor
-from torch.nn import functional
+from torch import Generator, nn, Tensor
 from tqdm import tqdm
 
 from flow_ros.networks import create, save
-from flow_ros.networks.dip_rt import DipRt, error_probability
+from flow_ros.networks.dip_rt import DipRt
 from flow_ros.synthetic.world import World
-from flow_ros.training.augment import augment, Batch, degraded_prior
-from flow_ros.training.losses import (
-    matching_loss,
-    mixture_of_laplace,
-    occlusion_loss,
-    sequence_loss,
-)
+from flow_ros.training.augment import Batch
+from flow_ros.training.calibration import calibrate
+from flow_ros.training.checkpoints import Checkpoints, SaveError
+from flow_ros.training.crew import Crew
+from flow_ros.training.journal import Journal, say
+from flow_ros.training.objectives import make_objective
 from flow_ros.training.procedural import Procedural
-from flow_ros.training.recipe import Recipe, Stage
+from flow_ros.training.recipe import Recipe, recipe_text, Stage
+from flow_ros.training.sample_loading import PROCEDURAL
+from flow_ros.training.validation import held_out, Measured, rooted, Validation
 
-WARM_LIMIT_PX = 64.0
+CALIBRATION_BATCHES = 12
 
 
-@dataclass(frozen=True)
-class Crew:
-    """The processes that train together: each takes its share of the batch.
+class Data(Protocol):
+    """Where batches come from."""
 
-    Two processes of one thread each are also the fastest way to use two CPU cores: nothing
-    waits at the end of every small operation, only once a step for the gradients.
-    """
-
-    rank: int = 0
-    size: int = 1
-
-    @staticmethod
-    def from_environment(device: torch.device) -> 'Crew':
-        """Join the processes that torchrun has started; alone where it has not."""
-        size = int(os.environ.get('WORLD_SIZE', '1'))
-        if size > 1 and not distributed.is_initialized():
-            distributed.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-        return Crew(rank=int(os.environ.get('RANK', '0')), size=size)
-
-    def share(self, batch: int) -> int:
-        """Return how many pairs of a batch one process takes; at least one."""
-        return max(1, batch // self.size)
-
-    def mean_gradients(self, network: nn.Module) -> None:
-        """Replace every gradient by its mean over the crew."""
-        if self.size == 1:
-            return
-        for value in network.parameters():
-            if value.grad is None:  # this process's schedule did not use it
-                value.grad = torch.zeros_like(value)
-        gradients = [value.grad for value in network.parameters() if value.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        distributed.all_reduce(flat)
-        for gradient, mean in zip(gradients, (flat / self.size).split(
-                [gradient.numel() for gradient in gradients])):
-            gradient.copy_(mean.view_as(gradient))
-
-    def agree(self, value: float, device: torch.device) -> float:
-        """Return the first process's ``value`` on all."""
-        if self.size == 1:
-            return value
-        shared = torch.tensor([value], dtype=torch.float64, device=device)
-        distributed.broadcast(shared, src=0)
-        return float(shared)
+    def batch(self, step: int, stage: Stage, random: Generator) -> Batch:
+        """Return the batch of ``step``: a function of these arguments alone."""
 
 
 class Average:
@@ -112,162 +76,290 @@ class Average:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is: steps, pairs and minutes, over all sessions."""
+    """How far a run is, over all sessions; ``skipped`` steps had gradients of NaN or infinity."""
 
     step: int = 0
     pairs: int = 0
     minutes: float = 0.0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: what the log tells of it, and how many pairs it took."""
+
+    values: Mapping[str, float]
+    pairs: int
+    done: bool
+    """False: its gradient was not finite, and it was left out."""
+
+    @property
+    def loss(self) -> float:
+        """The total loss."""
+        return self.values['loss']
 
 
 class Trainer:
     """One run of one recipe in one folder.
 
-    ``folder`` receives ``state.pt`` (to resume), ``weights.safetensors`` (the average) and
-    ``log.jsonl``. ``initial`` are weights to begin with (fine-tuning, or improving shipped
-    ones); a state in the folder goes before them.
+    ``folder`` receives ``checkpoints/`` (to resume), ``weights.safetensors`` (the average, with
+    the recipe and the last validation in its metadata), ``log.jsonl`` and ``tensorboard/``.
+    ``initial`` are weights to begin with (fine-tuning, or improving shipped ones); a checkpoint
+    in the folder goes before them. ``data`` are batches in place of those the recipe names.
+
+    Minutes are those of the wall clock: rendering, validation and saving are part of them; only
+    the calibration, the last validation and the last save come on top.
     """
 
     def __init__(self, *, recipe: Recipe, folder: Path, device: torch.device | None = None,
-                 initial: Path | None = None, save_every_s: float = 120.0) -> None:
+                 initial: Path | None = None, save_every_s: float = 120.0,
+                 data_root: Path | None = None, data: Data | None = None) -> None:
         self.recipe, self.folder, self.save_every_s = recipe, folder, save_every_s
-        self.device = own_device(device)
-        self.crew = Crew.from_environment(self.device)
         torch.manual_seed(recipe.seed)  # the initial weights
-        network = create(recipe.network, initial)
-        if not isinstance(network, DipRt):
-            raise ValueError(f'this trainer knows dip_rt; seen {recipe.network!r}')
-        self.network = network.to(self.device)
+        self.network = create(recipe.network, initial, **recipe.options)
+        self.crew = Crew(device, precision=recipe.precision)
+        self.device = self.crew.device
+        self.network.to(self.device)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.world = World(seed=recipe.seed, device=self.device, config=recipe.world)
-        self.data = Procedural(self.world, rank=self.crew.rank, processes=self.crew.size,
-                               reuse=recipe.reuse)
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=recipe.learning_rate,
-                                           weight_decay=recipe.weight_decay)
+        self.objective = make_objective(recipe, self.crew.autocast)
+        self.validation = Validation(recipe, self.crew, data_root=data_root)
+        self.data = data if data is not None else self._data(data_root)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=recipe.learning_rate, betas=recipe.betas,
+            eps=recipe.epsilon, weight_decay=recipe.weight_decay)
         self.average = Average(self.network, recipe.ema)
         self.progress = Progress()
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / 'state.pt').exists():
-            self._resume()
+        self.interrupted = False
+        self.measured: Mapping[str, float] = {}
+        self._validated = self.progress
+        self._window = Window()
+        self._stop = ''
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f'{folder} cannot be made ({error.strerror}): choose another folder '
+                             f'to train into') from error
+        self.checkpoints = Checkpoints(folder / 'checkpoints')
+        self._resume()
+        self.journal = Journal(folder, step=self.progress.step) if self.crew.first else None
 
     def run(self) -> Progress:
-        """Train until the recipe's minutes are over; save on the way and at the end."""
-        recipe = self.recipe
-        began, before = time.monotonic(), self.progress.minutes
-        saved = began
-        bar = tqdm(total=round(recipe.minutes, 1), unit='min', initial=round(before, 1),
-                   bar_format='{l_bar}{bar}| {n:.1f}/{total} min {postfix}', mininterval=5,
-                   disable=self.crew.rank > 0)
-        average_loss = float('nan')
-        while self.progress.minutes < recipe.minutes:
-            share = self.progress.minutes / recipe.minutes
-            loss, error, pairs = self.step(share)
-            if math.isfinite(loss):
-                average_loss = (loss if math.isnan(average_loss)
-                                else 0.98 * average_loss + 0.02 * loss)
-            now = time.monotonic()
-            minutes = self.crew.agree(before + (now - began) / 60, self.device)
-            bar.update(minutes - self.progress.minutes)
-            self.progress = Progress(self.progress.step + 1, self.progress.pairs + pairs, minutes)
-            bar.set_postfix_str(f'step {self.progress.step} pairs {self.progress.pairs} '
-                                f'loss {average_loss:.2f} epe {error:.2f}', refresh=False)
-            if self.progress.step % 50 == 0 and self.crew.rank == 0:
-                self._log(average_loss, error)
-            if now - saved > self.save_every_s and self.crew.rank == 0:
-                self.save()
-                saved = now
-        bar.close()
-        if self.crew.rank == 0:
-            self._calibrate()
-            self.save()
+        """Train to the end of the schedule, or until told to stop; save on the way and after.
+
+        SIGINT (Ctrl-C) and SIGTERM end the run after the step at hand, with a checkpoint;
+        ``interrupted`` then tells. A second SIGINT ends it at once.
+        """
+        began, before, saved = time.monotonic(), self.progress.minutes, time.monotonic()
+        bar = self._bar()
+        with self._signals():
+            while self.share < 1 and not self.interrupted:
+                result = self.step(self.share)
+                now = time.monotonic()
+                minutes, self.interrupted = self.crew.agree(before + (now - began) / 60,
+                                                            bool(self._stop))
+                shown = self.progress.step if self.recipe.steps else self.progress.minutes
+                self._advance(result, minutes)
+                bar.update((self.progress.step if self.recipe.steps
+                            else min(minutes, self.recipe.minutes)) - shown)
+                bar.set_postfix_str(self._window.text(self.progress), refresh=False)
+                if self.progress.step % self.recipe.log_every == 0:
+                    self._log()
+                if self._validation_is_due():
+                    self.validate()
+                if now - saved > self.save_every_s:
+                    if not (done := self.save()):
+                        say('training goes on, and tries again later')
+                    saved = time.monotonic() if done else now
+            bar.close()
+            if not self.interrupted:
+                self.save(weights=False)  # an interruption from here on costs nothing
+        if self.interrupted and self.crew.first:
+            say(f'{self._stop or "another process"} ends the run: saving step '
+                f'{self.progress.step}')
+        if not self.interrupted:
+            self._finish()
+        if not self.save():
+            raise SaveError(f'the last state of the run could not be saved: make room and start '
+                            f'again, it goes on from {self.checkpoints.latest()}')
+        if self.journal is not None:
+            self.journal.flush()
+        self.crew.barrier()
         return self.progress
 
-    def step(self, share: float) -> tuple[float, float, int]:
-        """Do one optimizer step at ``share`` of the run: (loss, last EPE in px, pairs)."""
-        recipe, step = self.recipe, self.progress.step
+    @property
+    def share(self) -> float:
+        """The share of the schedule that is done, from 0 to 1."""
+        recipe = self.recipe
+        done = (self.progress.step / recipe.steps if recipe.steps
+                else self.progress.minutes / recipe.minutes)
+        return min(1.0, done)
+
+    def step(self, share: float) -> StepResult:
+        """Do one optimizer step at ``share`` of the run."""
+        recipe, began = self.recipe, time.monotonic()
         stage = next(stage for stage in recipe.stages if share < stage.until or stage.until >= 1)
-        stream = (recipe.seed * 1_000_003 + step) * self.crew.size + self.crew.rank
-        random = Generator().manual_seed(stream)
-        batch = self.data.batch(step, stage, random)
+        part = replace(stage, batch=stage.batch // recipe.accumulate)
+        rate = recipe.learning_rate * schedule(share, recipe.warmup, recipe.anneal)
         for group in self.optimizer.param_groups:
-            group['lr'] = recipe.learning_rate * schedule(share, recipe.warmup)
+            group['lr'] = rate
         self.network.train()
-        loss, error = self.loss(batch, random)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        told: dict[str, Tensor] = {}
+        for number in range(recipe.accumulate):
+            index = self.progress.step * recipe.accumulate + number
+            random = self._random(index)
+            losses = self.objective(self.network, self.data.batch(index, part, random), random)
+            self._backward(losses.total / recipe.accumulate)
+            for name, value in {'loss': losses.total.detach(), 'epe': losses.epe,
+                                **{f'loss_{key}': value for key, value in losses.parts.items()}
+                                }.items():
+                told[name] = told.get(name, 0) + value / recipe.accumulate
         self.crew.mean_gradients(self.network)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
-        if bool(torch.isfinite(norm)):  # a step that would spoil the weights is left out
+        told['gradient_norm'] = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
+        # One wait for the device in each step.
+        values = dict(zip(told, torch.stack([value.double() for value in told.values()]).tolist()))
+        done = math.isfinite(values['gradient_norm'])
+        if done:
             self.optimizer.step()
-            self.average.update(self.network, step)
-        return float(loss.detach()), float(error), self.crew.share(stage.batch) * self.crew.size
+            self.average.update(self.network, self.progress.step)
+        else:  # a step that would spoil the weights is left out
+            self._mend_buffers()
+        values |= {'lr': rate, 'seconds': time.monotonic() - began}
+        pairs = self.crew.share(part.batch) * self.crew.size * recipe.accumulate
+        return StepResult(values=values, pairs=pairs, done=done)
 
-    def loss(self, batch: Batch, random: Generator) -> tuple[Tensor, Tensor]:
-        """Return the training loss and the final EPE (px) of one batch."""
-        prior, steps16, steps8 = None, _between(2, 4, random), _between(2, 4, random)
-        if float(torch.rand(1, generator=random)) < self.recipe.warm:
-            prior = degraded_prior(batch.flow, random)
-            if float(prior.abs().amax(dim=(1, 2, 3)).median()) < WARM_LIMIT_PX:
-                steps16 = 0
-            steps8 = _between(1, 3, random)
-        elif float(torch.rand(1, generator=random)) < 0.04:
-            steps8 = 0  # so that the finest level's first mask serves a cut schedule
-        images = [image.contiguous(memory_format=torch.channels_last)
-                  for image in (batch.image1, batch.image2)]
-        with torch.autocast(self.device.type, torch.bfloat16):
-            seen = self.network.predictions(*images, steps16=steps16, steps8=steps8,
-                                            prior_flow=prior)
-        flow, error = seen.flow.float(), seen.error.float()
-        loss = sequence_loss([(level, value.float()) for level, value in seen.levels], flow,
-                             batch.flow, self.recipe.gamma)
-        loss = loss + self.recipe.matching * matching_loss(
-            seen.matches, batch.flow, batch.occlusion, self.network.config.radius)
-        loss = loss + 0.2 * mixture_of_laplace(flow, error, batch.flow)
-        loss = loss + 0.5 * occlusion_loss(seen.occlusion.float(), batch.occlusion)
-        difference = flow.detach() - batch.flow
-        epe = torch.hypot(difference[:, 0], difference[:, 1]).mean()
-        return loss, epe
+    def validate(self) -> Mapping[str, float]:
+        """Measure the averaged weights; into the log, and into what is saved from here on."""
+        measured: list[Measured] = []
+        self._averaged(lambda: measured.append(self.validation.measure(self.network)))
+        self.measured, self._validated = measured[0].metrics, self.progress
+        if self.journal is not None and self.measured:
+            self.journal.line(asdict(self.progress), self.measured, kind='validation')
+            for number, picture in enumerate(measured[0].pictures):
+                self.journal.picture(f'validation/{number}', picture, self.progress.step)
+            self.journal.flush()
+        return self.measured
 
-    def save(self) -> None:
-        """Write the averaged weights, and the state to resume from."""
-        self._averaged(lambda: save(self.network, self.folder / 'weights.safetensors', metadata={
-            'step': str(self.progress.step), 'pairs': str(self.progress.pairs),
-            'minutes': f'{self.progress.minutes:.1f}'}))
+    def save(self, *, weights: bool = True) -> bool:
+        """Write a checkpoint and the averaged weights; False, and one line, where it failed."""
+        if not self.crew.first:
+            return True
         state = {'network': self.network.state_dict(), 'average': self.average.tensors,
-                 'progress': vars(self.progress)}
-        # Two files, each small enough for what carries at most 16 MiB a file.
-        moments = {'optimizer': self.optimizer.state_dict(), 'step': self.progress.step}
-        for name, content in (('optimizer', moments), ('state', state)):
-            torch.save(content, self.folder / f'{name}.part')
-        for name in ('optimizer', 'state'):
-            (self.folder / f'{name}.part').replace(self.folder / f'{name}.pt')
+                 'progress': asdict(self.progress), 'window': self._window.state(),
+                 'validated': asdict(self._validated), 'measured': dict(self.measured),
+                 'recipe': recipe_text(self.recipe), 'processes': self.crew.size}
+        try:
+            self.checkpoints.save(self.progress.step, {
+                'state': state, 'optimizer': {'optimizer': self.optimizer.state_dict(),
+                                              'step': self.progress.step}})
+            if weights:
+                self._averaged(self._save_weights)
+        except SaveError as error:
+            say(str(error))
+            return False
+        return True
+
+    def _save_weights(self) -> None:
+        path = self.folder / 'weights.safetensors'
+        metadata = {'step': str(self.progress.step), 'pairs': str(self.progress.pairs),
+                    'minutes': f'{self.progress.minutes:.1f}', 'recipe': recipe_text(self.recipe),
+                    'metrics': json.dumps(dict(self.measured))}
+        try:
+            save(self.network, path, metadata=metadata)
+        except (OSError, SafetensorError) as error:
+            path.with_name(path.name + '.part').unlink(missing_ok=True)
+            raise SaveError(f'{path} could not be written ({" ".join(str(error).split())}); '
+                            f'the one before is kept') from error
+
+    def _advance(self, result: StepResult, minutes: float) -> None:
+        if result.done:
+            self._window.add(result)
+        now = self.progress
+        self.progress = Progress(now.step + 1, now.pairs + result.pairs, minutes,
+                                 now.skipped + (not result.done))
+
+    def _log(self) -> None:
+        values = self._window.means()
+        self._window = Window()
+        if self.journal is not None and values:
+            self.journal.line(asdict(self.progress), values)
+
+    def _validation_is_due(self) -> bool:
+        config, last, now = self.recipe.validation, self._validated, self.progress
+        if config.every_steps and now.step % config.every_steps == 0:
+            return True
+        return (config.every_minutes is not None and self.share < 1
+                and now.minutes - last.minutes >= config.every_minutes)
+
+    def _finish(self) -> None:
+        """Fit the confidence, where there is one, and measure what the run has come to."""
+        if isinstance(self.network, DipRt):
+            self._averaged(self._calibrate)
+        if not (self.measured and self._validated.step == self.progress.step):
+            self.validate()
+
+    def _calibrate(self) -> None:
+        """Fit the confidence to held-out scenes, and keep it in the averaged weights."""
+        assert isinstance(self.network, DipRt)
+        if self.crew.first:
+            # Not those that are measured.
+            validation = replace(self.recipe.validation, seed=self.recipe.validation.seed + 1,
+                                 render=self.recipe.stages[-1].render,
+                                 crop=self.recipe.stages[-1].crop)
+            batches = held_out(replace(self.recipe, validation=validation), self.device,
+                               CALIBRATION_BATCHES)
+            self.average.tensors['calibration'] = calibrate(self.network, batches)
+
+    def _data(self, data_root: Path | None) -> Data:
+        """Return the source of batches that the recipe names."""
+        recipe, crew = self.recipe, self.crew
+        procedural = None
+        if any(share.name == PROCEDURAL for share in recipe.data):
+            world = World(seed=recipe.seed, device=self.device, config=recipe.world)
+            procedural = Procedural(world, rank=crew.rank, processes=crew.size,
+                                    reuse=recipe.reuse)
+            if len(recipe.data) == 1:
+                return procedural
+        from flow_ros.training.data_sets import DataSets
+        return DataSets([rooted(share, data_root) for share in recipe.data],
+                        augment=recipe.augment, procedural=procedural, rank=crew.rank,
+                        processes=crew.size, workers=recipe.workers, device=self.device,
+                        random_of=self._random)
+
+    def _random(self, index: int) -> Generator:
+        """Return the generator of part ``index`` of the run: the same after every resumption."""
+        seed = (self.recipe.seed * 1_000_003 + index) * self.crew.size + self.crew.rank
+        return Generator().manual_seed(seed)
 
     def _resume(self) -> None:
-        path = self.folder / 'state.pt'
+        # Read once and sent around: not all machines need to see the folder.
+        path = self.checkpoints.latest() if self.crew.first else None
+        path, parts = self.crew.told((path, self.checkpoints.load(path) if path else {}))
+        if path is None:
+            return
         try:
-            # To the CPU, and from there each to its place: Adam's counters stay on the CPU,
-            # where reading them does not wait for the GPU.
-            state = torch.load(path, map_location='cpu', weights_only=True)
+            # From the CPU each to its place: Adam's counters stay there, where reading them
+            # does not wait for the GPU.
+            state = parts['state']
             self.network.load_state_dict(state['network'])
-            self._resume_optimizer(state['progress']['step'])
+            self.optimizer.load_state_dict(parts['optimizer']['optimizer'])
             self.average.tensors = {key: value.to(self.device)
                                     for key, value in state['average'].items()}
             self.progress = Progress(**state['progress'])
-        except (RuntimeError, ValueError, TypeError, KeyError, EOFError, OSError,
-                pickle.UnpicklingError) as error:
+            self._validated = Progress(**state['validated'])
+            self.measured = state['measured']
+            self._window = Window(**state['window'])
+        except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f'{path} cannot be resumed by this version or network '
-                             f'({" ".join(str(error).split())[:150]}): train into another '
-                             f'folder, or remove it to begin again') from error
+                             f'({" ".join(str(error).split())[:150]}). '
+                             f'{self.checkpoints.advice(path)}') from error
+        if self.crew.first:
+            say(f'goes on from {path}')
+            if state['processes'] != self.crew.size:
+                say(f'it was made by {state["processes"]} processes, and now there are '
+                    f'{self.crew.size}: the batches will be others')
 
-    def _resume_optimizer(self, step: int) -> None:
-        path = self.folder / 'optimizer.pt'
-        moments = torch.load(path, map_location='cpu', weights_only=True)
-        if moments['step'] == step:
-            self.optimizer.load_state_dict(moments['optimizer'])
-        else:  # ended between two renamings: a pity, but no reason to lose the run
-            tqdm.write(f'{path} is of step {moments["step"]}, the state of step {step}: '
-                       f'the optimizer begins afresh')
-
-    def _averaged(self, act: Callable[[], None]) -> None:
+    def _averaged(self, act: Callable[[], object]) -> None:
         """Run ``act`` with the averaged weights in the network."""
         own = {key: value.clone() for key, value in self.network.state_dict().items()}
         self.network.load_state_dict(self.average.tensors)
@@ -276,98 +368,94 @@ class Trainer:
         finally:
             self.network.load_state_dict(own)
 
-    def _calibrate(self) -> None:
-        """Fit the confidence to held-out scenes, and keep it in the averaged weights."""
-        def fit() -> None:
-            config = self.recipe.world
-            config = replace(config, surfaces=min(64, config.surfaces),  # for a few scenes
-                             bank_objects=min(128, config.bank_objects))
-            held_out = World(seed=self.recipe.seed + 1, device=self.device, config=config)
-            self.average.tensors['calibration'] = calibrate(self.network, held_out,
-                                                            self.recipe.stages[-1])
-        self._averaged(fit)
+    def _backward(self, loss: Tensor) -> None:
+        if self.device.type == 'cpu' and not bool(torch.isfinite(loss)):
+            # The backward pass of grid_sample for a CPU follows such numbers out of its memory.
+            # NaN in one gradient tells the whole crew to leave this step out.
+            weight = next(self.network.parameters())
+            weight.grad = torch.full_like(weight, math.nan)
+        else:
+            self.crew.backward(loss)
 
-    def _log(self, loss: float, error: float) -> None:
-        line = {**vars(self.progress), 'loss': round(loss, 4), 'epe': round(error, 3),
-                'lr': self.optimizer.param_groups[0]['lr']}
-        with (self.folder / 'log.jsonl').open('a') as file:
-            file.write(json.dumps(line) + '\n')
+    def _mend_buffers(self) -> None:
+        """Take back what a batch that was not finite has left in the running statistics."""
+        for key, value in self.network.named_buffers():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                value.copy_(self.average.tensors[key])
+
+    def _bar(self) -> 'tqdm[Any]':
+        recipe = self.recipe
+        if recipe.steps:
+            return tqdm(total=recipe.steps, initial=self.progress.step, unit='step',
+                        mininterval=5, disable=not self.crew.first)
+        return tqdm(total=recipe.minutes, initial=self.progress.minutes, mininterval=5,
+                    bar_format='{l_bar}{bar}| {n:.1f}/{total:.1f} min, {remaining} left{postfix}',
+                    disable=not self.crew.first)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn SIGINT and SIGTERM into the wish to stop after the step at hand."""
+        asked = math.inf
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def stop(number: int, _frame: object) -> None:
+            nonlocal asked
+            # One Ctrl-C may come twice: from the terminal, and passed on by torchrun.
+            if self._stop and number == signal.SIGINT and time.monotonic() - asked > 1:
+                raise KeyboardInterrupt
+            asked = min(asked, time.monotonic())
+            self._stop = self._stop or signal.Signals(number).name
+
+        for number in kept:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in kept.items():
+                signal.signal(number, handler)
 
 
-def schedule(share: float, warmup: float) -> float:
-    """Return the learning rate's factor: a linear rise, then half a cosine down to zero."""
+class Window:
+    """Means over the steps since the last line of the log; kept in checkpoints."""
+
+    def __init__(self, sums: Mapping[str, float] | None = None,
+                 counts: Mapping[str, int] | None = None, pairs: int = 0) -> None:
+        self.sums, self.counts, self.pairs = dict(sums or {}), dict(counts or {}), pairs
+
+    def add(self, result: StepResult) -> None:
+        """Add one step; what is not known (an EPE without any truth) is left out."""
+        self.pairs += result.pairs
+        for key, value in result.values.items():
+            if math.isfinite(value):
+                self.sums[key] = self.sums.get(key, 0.0) + value
+                self.counts[key] = self.counts.get(key, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Return the means, and pairs per second in place of the seconds of a step."""
+        means = {key: value / self.counts[key] for key, value in self.sums.items()}
+        if means.pop('seconds', 0):
+            means['pairs_per_s'] = self.pairs / self.sums['seconds']
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """Return what the constructor takes."""
+        return {'sums': dict(self.sums), 'counts': dict(self.counts), 'pairs': self.pairs}
+
+    def text(self, progress: Progress) -> str:
+        """Return a line for the progress bar."""
+        means = self.means()
+        shown = [f'{name} {means[name]:.2f}' for name in ('loss', 'epe') if name in means]
+        if 'pairs_per_s' in means:
+            shown.append(f'{means["pairs_per_s"]:.1f} pairs/s')
+        return ', '.join([f'step {progress.step}', *shown])
+
+
+def schedule(share: float, warmup: float, anneal: str = 'cosine') -> float:
+    """Return the learning rate's factor: a linear rise, then half a cosine or a line to zero."""
     if share < warmup:
         return 0.05 + 0.95 * share / warmup
-    return max(0.002, 0.5 * (1 + math.cos(math.pi * (share - warmup) / (1 - warmup))))
-
-
-@torch.no_grad()
-def calibrate(network: DipRt, world: World, stage: Stage, *, batches: int = 12) -> Tensor:
-    """Return (a, b) such that sigmoid(a logit(p) + b) is the share of small errors at p.
-
-    A logistic regression of (error under max(3 px, 5 %)) on the logit of the mixture's
-    probability, over scenes that were not trained on.
-    """
-    network.eval()
-    logits, small = [], []
-    for index in range(batches):
-        random = Generator().manual_seed(index)
-        pairs = world.pairs(index, batch=2, size=stage.render)
-        batch = augment(Batch(pairs.image1, pairs.image2, pairs.forward,
-                              pairs.occluded_forward), stage.crop, random)
-        count = 2 + index % 3
-        prior = degraded_prior(batch.flow, random) if index % 3 == 2 else None
-        seen = network.predictions(batch.image1, batch.image2, steps16=0 if index % 3 == 2 else
-                                   count, steps8=count, prior_flow=prior)
-        raw = error_probability(seen.flow, seen.error).clamp(1e-4, 1 - 1e-4)
-        length = torch.hypot(batch.flow[:, :1], batch.flow[:, 1:])
-        difference = seen.flow - batch.flow
-        error = torch.hypot(difference[:, :1], difference[:, 1:])
-        logits.append(torch.logit(raw).flatten()[::17])
-        small.append((error < (0.05 * length).clamp(min=3)).flatten()[::17].double())
-    return logistic_fit(torch.cat(logits).double(), torch.cat(small)).float()
-
-
-def logistic_fit(x: Tensor, y: Tensor) -> Tensor:
-    """Return (a, b) for which sigmoid(a x + b) is the most likely for ``y``, double (N,).
-
-    Newton's method on a convex cost, each step halved until the cost falls: undamped it runs
-    away to millions where the start is too sure of itself. A weak prior at (1, 0) keeps it
-    finite where all of ``y`` is one.
-    """
-    design = torch.stack([x, torch.ones_like(x)], dim=1)
-    unchanged, fit = x.new_tensor([1.0, 0.0]), x.new_zeros(2)
-
-    def cost(fit: Tensor) -> Tensor:
-        likely = functional.binary_cross_entropy_with_logits(design @ fit, y, reduction='sum')
-        return likely + (fit - unchanged).square().sum()
-
-    for _ in range(50):
-        p = torch.sigmoid(design @ fit)
-        gradient = design.T @ (p - y) + 2 * (fit - unchanged)
-        hessian = (design * (p * (1 - p))[:, None]).T @ design
-        move = torch.linalg.solve(hessian + 2 * torch.diag(torch.ones_like(fit)), gradient)
-        now = float(cost(fit))
-        while float(cost(fit - move)) > now and float(move.abs().max()) > 1e-9:
-            move = move / 2
-        fit = fit - move
-        if float(move.abs().max()) < 1e-7:
-            break
-    return fit
-
-
-def own_device(device: torch.device | None) -> torch.device:
-    """Return the device of this process: of torchrun's processes each has a GPU of its own."""
-    if device is None:
-        device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    if str(device) != 'cuda':  # one that is told by its number is taken
-        return device
-    rank, count = int(os.environ.get('LOCAL_RANK', '0')), torch.cuda.device_count()
-    if rank >= count:
-        raise ValueError(f'process {rank} of this machine has no GPU: torch sees {count}; start '
-                         f'at most one process per GPU, or train on the CPU (--device cpu)')
-    return torch.device('cuda', rank)
-
-
-def _between(low: int, high: int, random: Generator) -> int:
-    return int(torch.randint(low, high + 1, (1,), generator=random))
+    left = (1 - share) / max(1 - warmup, 1e-9)
+    return max(0.002, left if anneal == 'linear' else 0.5 * (1 - math.cos(math.pi * left)))

@@ -27,6 +27,7 @@ torch.set_num_threads(1)
 RECIPE = """
 network: dip_rt
 minutes: 60
+validation: {pairs: 0}
 world: {surfaces: 3, bank_objects: 4, largest_motion_px: 8, objects: [1, 2]}
 stages:
   - {until: 1.0, batch: 2, render: [72, 88], crop: [64, 80]}
@@ -48,7 +49,7 @@ def test_train_ends_in_its_minutes_and_goes_on_from_there(
     first = capsys.readouterr().out
     assert str(tmp_path / 'run' / 'weights.safetensors') in first
     assert create('dip_rt', tmp_path / 'run' / 'weights.safetensors').name == 'dip_rt'
-    assert main([*arguments, '0.05']) == 0
+    assert main([*arguments, '0.1']) == 0
     second = capsys.readouterr().out
     assert int(second.split()[0]) > int(first.split()[0])  # steps, over both sessions
 
@@ -79,9 +80,15 @@ def test_what_cannot_be_trained_is_one_clear_error(
     arguments = ['train', '--recipe', str(recipe), '--out', str(tmp_path / 'run')]
     assert main([*arguments, '--device', 'gpu']) == 2
     assert '--device gpu' in capsys.readouterr().err
-    recipe.write_text(RECIPE.replace('dip_rt', 'dip'))
+    recipe.write_text(RECIPE.replace('dip_rt', 'raft'))
     assert main([*arguments, '--device', 'cpu']) == 2
-    assert "this trainer knows dip_rt; seen 'dip'" in capsys.readouterr().err
+    assert "unknown network 'raft'" in capsys.readouterr().err
+    recipe.write_text(RECIPE)
+    assert main([*arguments, '--device', 'cpu', '--accumulate', '3']) == 2
+    assert 'a batch of 2 cannot be worked off in 3 equal parts' in capsys.readouterr().err
+    recipe.write_text(RECIPE + 'data: [{name: sintel, root: Sintel}]')
+    assert main([*arguments, '--device', 'cpu', '--data-root', str(tmp_path)]) == 2
+    assert str(tmp_path / 'Sintel') in capsys.readouterr().err
 
 
 def test_show_data_writes_a_page(tmp_path: Path, recipe: Path) -> None:

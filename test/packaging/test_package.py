@@ -125,7 +125,7 @@ def test_only_its_runtime_imports_tensorrt() -> None:
 
 def test_optional_packages_are_imported_when_asked_for() -> None:
     optional = {'openvino', 'tensorrt', 'onnx', 'onnxruntime', 'onnxscript', 'rosbags', 'tkinter',
-                'cv_bridge', 'ament_index_python'}
+                'cv_bridge', 'ament_index_python', 'lightning_fabric', 'tensorboard'}
     own = {'openvino': 'openvino.py', 'tensorrt': 'tensorrt.py'}  # these are imported lazily
     wrong = [f'{path.relative_to(ROOT)} imports {name} at its start' for path in package_files()
              for name, at_start in imports(path)
@@ -144,7 +144,7 @@ def test_the_leaves_stand_on_numpy_and_opencv_alone() -> None:
 def test_starting_the_node_imports_no_training() -> None:
     code = ('import sys, flow_ros.nodes.flow_node; '
             'print([name for name in sys.modules if name.startswith(("flow_ros.training", '
-            '"flow_ros.evaluation", "flow_ros.synthetic", "rosbags", "onnx"))])')
+            '"flow_ros.evaluation", "flow_ros.synthetic", "rosbags", "onnx", "lightning"))])')
     seen = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
                           cwd=ROOT, timeout=120, check=True)
     assert seen.stdout.strip() == '[]'

@@ -12,44 +12,94 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The trainer learns, stops when told, and resumes."""
+"""The trainer learns, stops when told, and resumes as if it had never stopped."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 import json
 import os
 from pathlib import Path
+import resource
+import signal
 import socket
 import subprocess
 import sys
+import time
+from typing import Any
 
 import pytest
+from safetensors import safe_open
 import torch
 
 from flow_ros.networks import create
 from flow_ros.synthetic.world import WorldConfig
-from flow_ros.training.recipe import read_recipe, Recipe, Stage
-from flow_ros.training.trainer import (
-    Crew,
-    logistic_fit,
-    own_device,
-    Progress,
-    schedule,
-    Trainer,
-)
+from flow_ros.training.augment import Batch
+from flow_ros.training.checkpoints import SaveError
+from flow_ros.training.crew import own_device
+from flow_ros.training.recipe import read_recipe, Recipe, recipe_text, Stage, Validation
+from flow_ros.training.trainer import Progress, schedule, Trainer
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device('cpu')  # where sums are exact: not those of a GPU's gradients
-TINY = Recipe(minutes=0.02, reuse=2, stages=(Stage(1.0, 2, (72, 88), (64, 80)),),
-              world=WorldConfig(surfaces=3, bank_objects=4, largest_motion_px=8))
+TINY = Recipe(steps=6, reuse=2, log_every=1, stages=(Stage(1.0, 2, (72, 88), (64, 80)),),
+              world=WorldConfig(surfaces=3, bank_objects=4, largest_motion_px=8),
+              validation=Validation(pairs=0))
+SMALL = Validation(pairs=2, render=(72, 88), crop=(64, 80), iterations=(1, 2), warm_iterations=1,
+                   every_steps=2)
 
 
-def test_a_run_ends_in_time_with_calibrated_weights(tmp_path: Path) -> None:
-    progress = Trainer(recipe=TINY, folder=tmp_path).run()
+def log_of(folder: Path, *, validation: bool = False) -> list[dict[str, Any]]:
+    """Return the lines of a log, without what a clock has a say in."""
+    lines = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ('minutes', 'pairs_per_s')}
+            for line in lines if ('validation' in line) == validation]
+
+
+def start(script: str, **environment: str) -> 'subprocess.Popen[str]':
+    """Start a Python process with the names of this file at hand."""
+    begin = (f'import os, sys, torch\nfrom pathlib import Path\n'
+             f'sys.path.insert(0, {str(Path(__file__).parent)!r})\n'
+             f'from test_trainer import *\n')
+    return subprocess.Popen(
+        [sys.executable, '-c', begin + script], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT),
+                                  **environment})
+
+
+def crew_of_two(script: str) -> list[str]:
+    """Run ``script`` in two processes that train together; return what each has printed."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    crew = [start(script, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2',
+                  LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+            for rank in range(2)]
+    told = [process.communicate(timeout=120) for process in crew]
+    assert [process.returncode for process in crew] == [0, 0], told
+    return [out.strip() for out, _ in told]
+
+
+def test_a_run_ends_in_time_with_calibrated_weights_that_know_their_recipe(
+        tmp_path: Path) -> None:
+    recipe = replace(TINY, steps=None, minutes=0.02, validation=SMALL)
+    trainer = Trainer(recipe=recipe, folder=tmp_path, device=CPU)
+    progress = trainer.run()
     assert progress.step >= 1
     assert progress.pairs == 2 * progress.step
-    network = create('dip_rt', tmp_path / 'weights.safetensors')
+    assert progress.minutes >= 0.02
+    weights = tmp_path / 'weights.safetensors'
+    network = create('dip_rt', weights)
     assert not torch.equal(network.calibration, torch.tensor([1.0, 0.0]))
+    with safe_open(weights, 'pt') as file:
+        metadata = file.metadata()
+    (tmp_path / 'recipe.yaml').write_text(metadata['recipe'])
+    assert read_recipe(tmp_path / 'recipe.yaml') == recipe
+    metrics = json.loads(metadata['metrics'])
+    assert metrics == pytest.approx(trainer.measured)
+    assert {'cold_1/epe', 'cold_2/fl_all', 'warm_1/outliers_1px'} <= metrics.keys()
+    assert log_of(tmp_path, validation=True)[-1]['validation'] == pytest.approx(metrics, rel=1e-4)
+    assert list((tmp_path / 'tensorboard').iterdir())
 
 
 def test_the_loss_of_one_batch_falls(tmp_path: Path) -> None:
@@ -57,71 +107,168 @@ def test_the_loss_of_one_batch_falls(tmp_path: Path) -> None:
                       folder=tmp_path)
     losses = []
     for step in range(24):
-        loss, _, _ = trainer.step(0.05)
-        losses.append(loss)
+        losses.append(trainer.step(0.05).loss)
         trainer.progress = Progress(step + 1)
     assert sum(losses[-6:]) < 0.93 * sum(losses[:6])
 
 
-def test_a_resumed_run_continues_as_the_unbroken_one(tmp_path: Path) -> None:
-    """The same weights and losses, bit for bit: scenes and augmentation follow the step."""
-    def steps(trainer: Trainer, count: int) -> list[float]:
-        losses = []
-        for _ in range(count):
-            losses.append(trainer.step(0.5)[0])
-            trainer.progress = Progress(trainer.progress.step + 1)
-        return losses
+def test_an_interrupted_run_goes_on_as_the_unbroken_one(tmp_path: Path) -> None:
+    """Ctrl-C, kill -9, and the same curve to the last bit, and the same weights."""
+    recipe = replace(TINY, warm=0.6, steps=8, log_every=3)
+    Trainer(recipe=recipe, folder=tmp_path / 'one', device=CPU).run()
+    script = f"""
+class Slow(Trainer):
+    def step(self, share):
+        if self.progress.step == {{stop}}:
+            self.save()
+            print('ready', flush=True)
+        if self.progress.step > {{stop}}:
+            time.sleep(0.3)
+        return super().step(share)
+trainer = Slow(recipe=read_recipe(Path({str(tmp_path / 'recipe.yaml')!r})),
+               folder=Path({str(tmp_path / 'two')!r}), device=CPU)
+trainer.run()
+assert trainer.interrupted
+print(trainer.progress.step)
+"""
+    (tmp_path / 'recipe.yaml').write_text(recipe_text(recipe))
+    killed = start(script.format(stop=2))
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == 'ready\n'
+    time.sleep(0.7)  # a step or two past what was saved
+    killed.kill()
+    killed.communicate()
+    stopped = start(script.format(stop=4))
+    assert stopped.stdout is not None
+    while 'ready' not in (line := stopped.stdout.readline()):
+        assert line
+    stopped.send_signal(signal.SIGINT)
+    out, told = stopped.communicate(timeout=60)
+    assert stopped.returncode == 0, told
+    assert 5 <= int(out.split()[-1]) < 8
+    Trainer(recipe=recipe, folder=tmp_path / 'two', device=CPU).run()
+    assert log_of(tmp_path / 'two') == log_of(tmp_path / 'one')
+    one, two = (create('dip_rt', tmp_path / name / 'weights.safetensors').state_dict()
+                for name in ('one', 'two'))
+    assert all(torch.equal(one[key], two[key]) for key in one)
 
-    unbroken = steps(Trainer(recipe=TINY, folder=tmp_path / 'one', device=CPU), 5)
-    first = Trainer(recipe=TINY, folder=tmp_path / 'two', device=CPU)
-    begun = steps(first, 3)
-    first.save()
-    resumed = Trainer(recipe=TINY, folder=tmp_path / 'two', device=CPU)
-    assert resumed.progress.step == 3
-    assert begun + steps(resumed, 2) == unbroken
+
+def test_validation_changes_nothing_but_the_log(tmp_path: Path) -> None:
+    Trainer(recipe=TINY, folder=tmp_path / 'without', device=CPU).run()
+    Trainer(recipe=replace(TINY, validation=SMALL), folder=tmp_path / 'with', device=CPU).run()
+    assert log_of(tmp_path / 'with') == log_of(tmp_path / 'without')
+    measured = log_of(tmp_path / 'with', validation=True)
+    assert [line['step'] for line in measured] == [2, 4, 6]
+    assert measured[0]['validation'] != measured[1]['validation']
 
 
-def test_a_run_killed_between_its_two_files_goes_on(
+def test_a_batch_worked_off_in_parts_makes_one_step_of_all_its_pairs(tmp_path: Path) -> None:
+    trainer = Trainer(recipe=replace(TINY, accumulate=2, precision='32-true'), folder=tmp_path,
+                      device=CPU)
+    data = trainer.data
+    seen: list[Batch] = []
+
+    class Recorded:
+        def batch(self, step: int, stage: Stage, random: torch.Generator) -> Batch:
+            seen.append(data.batch(step, stage, random))
+            return seen[-1]
+
+    trainer.data = Recorded()
+    assert trainer.step(0.5).pairs == 2
+    assert [batch.flow.shape[0] for batch in seen] == [1, 1]
+    gradient = trainer.network.encoder.stem[0].weight.grad.clone()
+    trainer.optimizer.zero_grad()
+    fresh = Trainer(recipe=replace(TINY, precision='32-true'), folder=tmp_path / 'fresh',
+                    device=CPU)
+    fresh.network.train()
+    for number, batch in enumerate(seen):  # the mean of the parts' gradients, then clipped
+        random = fresh._random(number)
+        data.batch(number, replace(TINY.stages[0], batch=1), random)
+        (fresh.objective(fresh.network, batch, random).total / 2).backward()
+    torch.nn.utils.clip_grad_norm_(fresh.network.parameters(), TINY.clip)
+    assert torch.allclose(gradient, fresh.network.encoder.stem[0].weight.grad, rtol=1e-4)
+
+
+def test_a_step_that_is_not_finite_spoils_nothing(tmp_path: Path) -> None:
+    trainer = Trainer(recipe=TINY, folder=tmp_path, device=CPU)
+    data = trainer.data
+
+    class Broken:
+        def batch(self, step: int, stage: Stage, random: torch.Generator) -> Batch:
+            batch = data.batch(step, stage, random)
+            return replace(batch, image1=batch.image1 * float('inf')) if step == 1 else batch
+
+    trainer.data = Broken()
+    progress = trainer.run()
+    assert (progress.step, progress.skipped) == (6, 1)
+    assert [line['step'] for line in log_of(tmp_path)] == [1, 3, 4, 5, 6]
+    saved = create('dip_rt', tmp_path / 'weights.safetensors')
+    assert all(bool(torch.isfinite(value).all()) for value in saved.state_dict().values())
+    assert all(bool(torch.isfinite(value).all()) for value in trainer.network.buffers())
+
+
+def test_a_full_disk_costs_one_line_and_the_run_saves_later(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer = Trainer(recipe=TINY, folder=tmp_path, device=torch.device('cpu'))
+    """Files that may not grow beyond 1 MB fail in the middle, as on a full disk."""
+    trainer = Trainer(recipe=TINY, folder=tmp_path, device=CPU)
     trainer.step(0.5)
-    trainer.save()
-    old = (tmp_path / 'state.pt').read_bytes()
+    assert trainer.save()
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
     trainer.progress = Progress(1, 2, 0.0)
-    trainer.save()
-    (tmp_path / 'state.pt').write_bytes(old)  # its renaming never came
-    resumed = Trainer(recipe=TINY, folder=tmp_path, device=torch.device('cpu'))
-    assert resumed.progress.step == 0
-    assert 'begins afresh' in capsys.readouterr().out
-    assert all(path.stat().st_size < 16 << 20 for path in tmp_path.iterdir())
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        assert not trainer.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = capsys.readouterr().err
+    assert 'step-00000001 could not be written (File too large); step-00000000 is kept' in told
+    assert told.count('could not be written') == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()} == before
+    assert trainer.save()
+    assert Trainer(recipe=TINY, folder=tmp_path, device=CPU).progress.step == 1
 
 
-def test_two_processes_train_one_network(tmp_path: Path) -> None:
+def test_a_run_on_a_full_disk_trains_to_its_end_and_then_says_so(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(recipe=replace(TINY, steps=2), folder=tmp_path, device=CPU,
+                      save_every_s=0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(SaveError, match='make room and start again'):
+            trainer.run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert trainer.progress.step == 2
+    assert 'training goes on, and tries again later' in capsys.readouterr().err
+
+
+def test_two_processes_train_one_network_and_resume_it_exactly(tmp_path: Path) -> None:
     """Real gloo over loopback: both see the mean gradient, so both keep the same weights."""
     script = f"""
-import os, sys, torch
-from pathlib import Path
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_trainer import CPU, TINY
-from flow_ros.training.trainer import Progress, Trainer
-trainer = Trainer(recipe=TINY, folder=Path({str(tmp_path)!r}) / os.environ['RANK'],
-                  device=CPU)
-for step in range(2):
-    assert trainer.step(0.5)[2] == 2  # pairs, of both
-    trainer.progress = Progress(step + 1)
-print(float(sum(value.double().sum() for value in trainer.network.parameters())))
+recipe = replace(TINY, warm=0.6, steps=4, validation=SMALL)
+def run(folder, stop):
+    trainer = Trainer(recipe=recipe, folder=Path({str(tmp_path)!r}) / folder, device=CPU)
+    step = trainer.step
+    def stopping(share):
+        if trainer.progress.step == stop and trainer.crew.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(share)
+    trainer.step = stopping
+    trainer.run()
+    return trainer
+assert run('one', 9).progress.pairs == 8  # of both
+first = run('two', 1)
+assert first.interrupted and first.progress.step == 2, first.progress  # both, by one's signal
+last = run('two', 9)
+print(float(sum(value.double().sum() for value in last.network.state_dict().values())))
 """
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
-    crew = [subprocess.Popen(
-        [sys.executable, '-c', script], stdout=subprocess.PIPE, text=True, cwd=ROOT,
-        env={**os.environ, 'RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1',
-             'MASTER_PORT': str(port), 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)})
-        for rank in range(2)]
-    sums = [process.communicate(timeout=120)[0].strip() for process in crew]
-    assert [process.returncode for process in crew] == [0, 0]
-    assert sums[0] == sums[1] != ''
+    sums = crew_of_two(script)
+    assert sums[0].split()[-1] == sums[1].split()[-1] != ''
+    assert log_of(tmp_path / 'two') == log_of(tmp_path / 'one')
+    assert (log_of(tmp_path / 'two', validation=True)[-1]
+            == log_of(tmp_path / 'one', validation=True)[-1])
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,79 +283,43 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
         own_device(None)
 
 
-def test_pairs_are_those_really_trained_on() -> None:
-    assert [Crew(size=3).share(batch) for batch in (8, 6, 2)] == [2, 2, 1]
-
-
-@pytest.mark.parametrize('content', ['nothing', 'other'])
-def test_a_state_that_does_not_fit_is_one_clear_error(tmp_path: Path, content: str) -> None:
-    (tmp_path / 'state.pt').write_bytes(b'')
-    if content == 'other':
-        torch.save({'network': {}}, tmp_path / 'state.pt')
-    with pytest.raises(ValueError, match=r'state\.pt cannot be resumed.*another folder'):
+@pytest.mark.parametrize('content', ['nothing', 'cut off', 'other'])
+def test_a_checkpoint_that_does_not_fit_is_one_clear_error(tmp_path: Path, content: str) -> None:
+    trainer = Trainer(recipe=TINY, folder=tmp_path, device=CPU)
+    trainer.save()
+    trainer.progress = Progress(3)
+    trainer.save()
+    state = tmp_path / 'checkpoints' / 'step-00000003' / 'state.pt'
+    whole: Mapping[str, Any] = torch.load(state, weights_only=True)
+    if content == 'nothing':
+        state.write_bytes(b'')
+    elif content == 'cut off':
+        state.write_bytes(state.read_bytes()[:100_000])
+    else:
+        torch.save({**whole, 'network': {}}, state)
+    words = 'cannot be resumed' if content == 'other' else 'damaged, or cut off'
+    with pytest.raises(ValueError, match=rf'{words}.*Remove the folder .*step-00000003 to go on '
+                       r'from step-00000000, or train into another folder'):
         Trainer(recipe=TINY, folder=tmp_path, device=CPU)
 
 
-@pytest.mark.parametrize(('centre', 'spread', 'a', 'b'), [
-    (2.5, 1.5, 0.5, -2.0), (-6, 2, 0.3, 2.0), (9, 0.5, 0.4, -3.0), (1, 1, 1.0, 0.0)])
-def test_the_calibration_is_found_however_wrong_the_confidence_was(
-        centre: float, spread: float, a: float, b: float) -> None:
-    """From (1, 0) undamped Newton steps end at -16 million in the first of these."""
-    random = torch.Generator().manual_seed(0)
-    x = centre + spread * torch.randn(20_000, generator=random, dtype=torch.double)
-    truth = torch.sigmoid(a * x + b)
-    y = (torch.rand(20_000, generator=random, dtype=torch.double) < truth).double()
-    fit = logistic_fit(x, y)
-    assert float((torch.sigmoid(fit[0] * x + fit[1]) - truth).abs().mean()) < 0.015
+def test_only_the_newest_checkpoints_are_kept_and_what_is_unfinished_is_none(
+        tmp_path: Path) -> None:
+    trainer = Trainer(recipe=TINY, folder=tmp_path, device=CPU)
+    for step in range(4):
+        trainer.progress = Progress(step)
+        trainer.save()
+    (tmp_path / 'checkpoints' / 'step-00000009.part').mkdir()
+    assert [path.name for path in trainer.checkpoints.all()] == ['step-00000002', 'step-00000003']
+    assert all(path.stat().st_size < 16 << 20 for path in tmp_path.rglob('*'))
 
 
-def test_a_calibration_without_a_single_error_stays_finite() -> None:
-    x = torch.linspace(-1, 3, 1000, dtype=torch.double)
-    fit = logistic_fit(x, torch.ones_like(x))
-    assert bool((torch.sigmoid(fit[0] * x + fit[1]) > 0.95).all())
-    assert float(fit.abs().max()) < 100
-
-
-def test_the_schedule_rises_and_ends_near_zero() -> None:
-    factors = [schedule(share / 100, 0.04) for share in range(101)]
+@pytest.mark.parametrize('anneal', ['cosine', 'linear'])
+def test_the_schedule_rises_and_ends_near_zero(anneal: str) -> None:
+    factors = [schedule(share / 100, 0.04, anneal) for share in range(101)]
     assert factors[0] == pytest.approx(0.05)
     assert max(factors) == pytest.approx(1)
     assert factors.index(max(factors)) == 4
     assert factors[-1] < 0.01
-
-
-@pytest.mark.parametrize('name', ['dip_rt', 'dip_rt_gpu'])
-def test_the_shipped_recipes_are_readable(name: str) -> None:
-    recipe = read_recipe(ROOT / 'config' / 'train' / f'{name}.yaml')
-    assert recipe.network == 'dip_rt'
-    assert recipe.stages[-1].until == 1.0
-
-
-@pytest.mark.parametrize(('change', 'words'), [
-    ({'minuets': 3}, 'unknown fields minuets; known are'),
-    ({'world': {'trees': 3}}, 'world: unknown fields trees; known are'),
-    ({'stages': [{'until': 1.0, 'bach': 1}]}, 'stage 1: unknown fields bach'),
-    ({'stages': [{'until': 1.0}]}, "stage 1: .*missing.*'batch'"),
-    ({'stages': [{'until': 1.0, 'batch': 0, 'render': [64, 64], 'crop': [64, 64]}]},
-     'at least 1 pair; seen 0'),
-    ({'learning_rate': '1e-4'}, "learning_rate must not be text; seen '1e-4'"),
-    ({'stages': [{'until': 1.0, 'batch': 1, 'render': [64, 64], 'crop': [50, 64]}]},
-     'multiples of 16'),
-    ({'stages': [{'until': 1.0, 'batch': 1, 'render': [64, 64], 'crop': [64, 80]}]},
-     'does not fit'),
-    ({'stages': [{'until': 0.5, 'batch': 1, 'render': [64, 64], 'crop': [64, 64]}]},
-     'until 1.0'),
-])
-def test_a_wrong_recipe_is_named(tmp_path: Path, change: dict[str, object], words: str) -> None:
-    path = tmp_path / 'recipe.yaml'
-    path.write_text(json.dumps({'network': 'dip_rt', **change}))
-    with pytest.raises(ValueError, match=words):
-        read_recipe(path)
-
-
-def test_what_is_no_yaml_is_named(tmp_path: Path) -> None:
-    path = tmp_path / 'recipe.yaml'
-    for text, words in (('stages: [', 'is not YAML'), ('- 1', 'must hold a mapping')):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=words):
-            read_recipe(path)
+    assert factors[52] == pytest.approx(0.5)
+    assert factors[28] == pytest.approx(0.8536 if anneal == 'cosine' else 0.75, abs=1e-4)
