@@ -17,6 +17,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 import logging
 import multiprocessing
@@ -143,8 +144,12 @@ class DataSets:
         if self._pool is None:
             assert self._loader is not None
             return [self._loader.draw(key.seed, place, key.crop) for place in range(key.count)]
-        futures = self._coming.pop(key, None) or self._submit(self._pool, key)
-        return [future.result() for future in futures]
+        try:
+            futures = self._coming.pop(key, None) or self._submit(self._pool, key)
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise DataSetError('a process that reads the data ended by force, perhaps for want '
+                               'of memory: train with fewer workers') from error
 
     def _look_ahead(self, step: int, stage: 'Stage') -> None:
         """Let the processes begin with the batches of the steps to come."""

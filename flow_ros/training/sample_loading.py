@@ -16,6 +16,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+import multiprocessing
+import os
+import signal
+import threading
 
 import cv2
 import numpy as np
@@ -111,8 +115,16 @@ class _Process:
 
 
 def start_process(sources: Sequence[Source]) -> None:
-    """Make the loader of this process, which is to use one core."""
+    """Make the loader of this process, which is to use one core and to end with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
     cv2.setNumThreads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        def follow() -> None:
+            parent.join()
+            os._exit(1)  # the parent was killed: nobody waits for what is left to do
+
+        threading.Thread(target=follow, daemon=True).start()
     _Process.loader = Loader(sources)
 
 
