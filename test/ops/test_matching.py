@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flow_ros.ops.matching import (
+    _correlate_at_once,
     clean_propagation,
     EIGHT_SEEDS,
     inverse_propagation,
@@ -30,7 +31,7 @@ from flow_ros.ops.matching import (
     Seeds,
     shifted_flows,
 )
-from flow_ros.ops.sampling import warp
+from flow_ros.ops.sampling import pixel_grid, warp
 
 
 def plain_search(a: Tensor, b: Tensor, radius: int) -> Tensor:
@@ -86,6 +87,28 @@ def test_clean_propagation_warps_by_the_neighbours_flows(seeds: Seeds) -> None:
         expected = (a * warp(b, candidate)).mean(dim=1)
         assert torch.allclose(planes[:, index][inner], expected[inner], atol=1e-5)
     assert torch.allclose(planes[:, 0], inverse_propagation(a, b, flow)[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize('size', [(12, 14), (1, 5)])
+def test_what_a_gpu_computes_at_once_is_what_a_cpu_computes_in_turn(
+        size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 16, *size), torch.randn(2, 16, *size)
+    flow = 5 * torch.rand(2, 2, *size) - 2.5
+    points = [pixel_grid(*size, flow) + candidate for candidate in
+              shifted_flows(flow, EIGHT_SEEDS)]
+    expected = clean_propagation(a, b, flow, EIGHT_SEEDS)
+    assert torch.allclose(_correlate_at_once(a, b, points), expected, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device on this machine')
+@pytest.mark.parametrize('propagation', [inverse_propagation, clean_propagation])
+def test_propagation_on_a_gpu_is_that_of_a_cpu(propagation: Callable) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 16, 12, 14), torch.randn(2, 16, 12, 14)
+    flow = 5 * torch.rand(2, 2, 12, 14) - 2.5
+    found = propagation(a.cuda(), b.cuda(), flow.cuda()).cpu()
+    assert torch.allclose(found, propagation(a, b, flow), atol=1e-5)
 
 
 def test_clean_propagation_is_the_inverse_one_shifted_back() -> None:
