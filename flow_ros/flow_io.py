@@ -240,7 +240,7 @@ def _decode_pfm(data: bytes, path: Path) -> FloatArray:
     kind = '<f4' if match[3].startswith(b'-') else '>f4'
     rows = np.frombuffer(data, kind, offset=match.end()).reshape(height, width, 3)
     flow = rows[::-1, :, :2].astype(np.float32)
-    flow[~np.isfinite(flow).all(axis=2)] = np.nan
+    flow[~_both_finite(flow)] = np.nan
     return flow
 
 
@@ -249,6 +249,11 @@ def _encode_pfm(flow: FloatArray, known: BoolArray) -> bytes:
     rows = np.zeros((height, width, 3), dtype='<f4')
     rows[..., :2] = np.where(known[..., None], flow, np.nan)
     return f'PF\n{width} {height}\n-1.0\n'.encode() + rows[::-1].tobytes()
+
+
+def _both_finite(flow: FloatArray) -> BoolArray:
+    # Not all(axis=2), which takes ten times as long over an axis of two.
+    return np.asarray(np.isfinite(flow[..., 0]) & np.isfinite(flow[..., 1]))
 
 
 def _read_flo5(path: Path) -> FloatArray:
@@ -269,7 +274,7 @@ def _read_flo5(path: Path) -> FloatArray:
     if flow.ndim != 3 or flow.shape[2] != 2 or 0 in flow.shape:
         raise FlowFileError(f'{path} holds flow of shape {flow.shape}; expected '
                             '(height, width, 2)')
-    flow[~np.isfinite(flow).all(axis=2)] = np.nan
+    flow[~_both_finite(flow)] = np.nan
     return flow
 
 

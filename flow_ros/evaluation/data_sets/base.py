@@ -16,9 +16,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+import math
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -131,7 +133,7 @@ class DataSet:
         def flow_of(path: Path) -> FloatArray:
             flow: FloatArray = same_size(path, self.read_flow(path, size), files.image1, size)
             # What came out of a damaged simulation, a division by nothing or a wrong decoder.
-            unknown = ~np.isfinite(flow).all(axis=2)
+            unknown = ~(np.isfinite(flow[..., 0]) & np.isfinite(flow[..., 1]))
             flow[unknown] = np.nan
             if unknown.all():
                 raise FlowFileError(f'{path} does not know the flow of a single pixel')
@@ -221,44 +223,34 @@ def complete(sample: Sample) -> Sample:
         else backward | leaves(sample.backward))
 
 
-def targets(flow: FloatArray) -> FloatArray:
-    """Return where every pixel goes (H, W, 2): x, y; NaN where unknown."""
+def targets(flow: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Return where every pixel goes, x (H, W) and y (H, W); NaN where unknown."""
     height, width = flow.shape[:2]
-    grid = np.stack(np.meshgrid(np.arange(width, dtype=np.float32),
-                                np.arange(height, dtype=np.float32)), axis=2)
-    return grid + flow
+    x, y = np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32)[:, None]
+    return (np.asarray(flow[..., 0] + x, dtype=np.float32),
+            np.asarray(flow[..., 1] + y, dtype=np.float32))
 
 
 def leaves(flow: FloatArray) -> BoolArray:
     """Return the pixels (H, W) whose known flow ends outside of the image."""
     height, width = flow.shape[:2]
-    with np.errstate(invalid='ignore'):
-        goal = targets(flow)
-        return np.asarray(((goal < 0) | (goal > (width - 1, height - 1))).any(axis=2))
+    x, y = targets(flow)
+    return np.asarray((x < 0) | (y < 0) | (x > width - 1) | (y > height - 1))
 
 
 def occlusion_from_flows(flow: FloatArray, backward: FloatArray) -> BoolArray:
-    """Return the pixels (H, W) of exact ``flow`` that no pixel of ``backward`` comes back to.
+    """Return the pixels (H, W) of exact ``flow`` that ``backward`` does not come back to.
 
-    A pixel is visible if a pixel less than 3/4 px from its target, each way, comes back to it
-    within ``AGREE_PX`` (more for the stretch between neighbours: 5 % of the flow's length).
+    A pixel is visible if the pixel nearest to its target comes back to it within ``AGREE_PX``
+    (more for the stretch between the two: 5 % of the flow's length).
     """
-    height, width = flow.shape[:2]
-    goal = targets(flow)
-    known = np.isfinite(goal).all(axis=2)
-    goal[~known] = 0
-    low = np.floor(np.clip(goal, -1, (width, height))).astype(np.int64)
+    x, y = (np.where(np.isfinite(goal), goal, np.float32(-9)) for goal in targets(flow))
+    rest_u, rest_v = (flow[..., axis] + cv2.remap(
+        np.ascontiguousarray(backward[..., axis]), x, y, cv2.INTER_NEAREST,
+        borderMode=cv2.BORDER_CONSTANT, borderValue=math.nan) for axis in (0, 1))
     allowed = AGREE_PX + 0.05 * np.hypot(flow[..., 0], flow[..., 1])
-    seen = np.zeros((height, width), dtype=bool)
-    for dx, dy in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        x, y = low[..., 0] + dx, low[..., 1] + dy
-        near = (np.abs(goal - np.stack([x, y], axis=2)) < 0.75).all(axis=2)
-        inside = near & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        back = backward[np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)]
-        with np.errstate(invalid='ignore'):
-            rest = flow + back
-            seen |= inside & (np.hypot(rest[..., 0], rest[..., 1]) <= allowed)
-    return np.asarray(~seen & known, dtype=np.bool_)
+    seen = np.hypot(rest_u, rest_v) <= allowed  # NaN is not
+    return np.asarray(~seen & np.isfinite(flow[..., 0]))
 
 
 def content_of(folder: Path) -> str:

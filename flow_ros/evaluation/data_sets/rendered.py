@@ -161,7 +161,8 @@ class FlyingThings3D(DataSet):
         """Return the flow (H, W, 2) of a file, NaN where unknown."""
         flow = super().read_flow(path, size)
         with np.errstate(invalid='ignore'):
-            flow[(np.abs(flow) >= TOO_FAR_PX).any(axis=2)] = np.nan
+            far = (np.abs(flow[..., 0]) >= TOO_FAR_PX) | (np.abs(flow[..., 1]) >= TOO_FAR_PX)
+        flow[far] = np.nan
         return flow
 
 
