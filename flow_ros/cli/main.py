@@ -29,6 +29,7 @@ VERBS: Mapping[str, str] = {
     'run': 'the whole path on this machine: source, flow node, consumer, preview',
     'evaluate': 'measure a network against ground truth, beside DIS and zero flow',
     'train': 'train or fine-tune a network',
+    'finetune': "adapt a network to one's own robot, from a recording without labels",
     'show-data': 'look at the training data: pictures of pairs with flow and occlusion',
 }
 EXIT_USAGE = 2

@@ -57,17 +57,18 @@ def census_distance(first: Tensor, second: Tensor) -> Tensor:
 
 
 def census_loss(image1: Tensor, image2: Tensor, flow: Tensor, visible: Tensor, *,
-                offset: tuple[int, int] = (0, 0)) -> Tensor:
+                offset: Tensor | None = None) -> Tensor:
     """Return the photometric loss of UFlow: the mean over visible pixels of (h + 0.01)^0.4.
 
     h is the census distance of image 1 and image 2 moved back by the flow. Pixels that are not
     ``visible`` (B, 1, H, W), whose target lies outside image 2, or whose patch crosses the
-    border of image 1 are left out. ``image1`` may be a crop of a larger frame, its left upper
-    pixel at ``offset`` (x, y) of the whole ``image2``: then what leaves the crop still counts.
+    border of image 1 are left out. ``image1`` may be crops of larger frames, their left upper
+    pixels at ``offset`` (B, 2: x, y) of the whole ``image2``: what leaves the crop still counts.
     """
     height, width = flow.shape[-2:]
-    shift = flow.new_tensor(offset)[None, :, None, None]
-    points = pixel_grid(height, width, flow) + flow + shift
+    points = pixel_grid(height, width, flow) + flow
+    if offset is not None:
+        points = points + offset[:, :, None, None]
     moved = sample(image2, points)
     x, y = points[:, :1], points[:, 1:]
     seen = ((x >= 0) & (x <= image2.shape[-1] - 1) & (y >= 0) & (y <= image2.shape[-2] - 1)

@@ -84,7 +84,8 @@ def test_census_loss_is_least_at_the_true_flow_also_beyond_a_crop() -> None:
     assert wrong > 2 * right
     top, left = 8, 20  # the crop's right edge moves out of the crop, not out of the frame
     cut = (..., slice(top, top + 24), slice(left, left + 24))
-    cropped = census_loss(image1[cut], image2, flow[cut], visible[cut], offset=(left, top))
+    cropped = census_loss(image1[cut], image2, flow[cut], visible[cut],
+                          offset=torch.tensor([[float(left), float(top)]]))
     assert float(cropped) == pytest.approx(right, rel=0.02)
     assert float(census_loss(image1, image2, flow, ~visible)) == 0
 
