@@ -39,7 +39,7 @@ GREY = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How much samples are changed; the values are RAFT's for Sintel (its appendix).
+    """How much samples are changed; the values are those RAFT was trained with on Sintel.
 
     Chances are in [0, 1]. A pair of numbers is (lowest, highest).
     """
@@ -164,8 +164,7 @@ def transform(sample: Sample, first: Matrix, second: Matrix, crop: tuple[int, in
     flow = (_apply(second, goal) - grid).astype(np.float32)
     occlusion = known = None
     if sample.occlusion is not None:
-        leaving = _outside(grid + flow, crop) | _outside(goal, (height, width))
-        occlusion = (sample.occlusion[y, x] & inside) | leaving
+        occlusion = (sample.occlusion[y, x] & inside) | _outside(grid + flow, crop)
         whole = inside if sample.occlusion_known is None else sample.occlusion_known[y, x] & inside
         # Whether a pixel of unknown flow left the crop, nobody knows.
         known = np.asarray(whole & (occlusion | np.isfinite(flow[..., 0])))

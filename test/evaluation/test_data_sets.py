@@ -328,9 +328,9 @@ def test_things_knows_the_future_and_the_past_of_both_cameras(tmp_path: Path) ->
     # Both flows are exact: what follows from them is that nothing is covered.
     np.testing.assert_array_equal(sample.occlusion, right_columns(2))
     far = shifted(2)
-    far[3, 4] = (1500, 0)
+    far[3, 4], far[5, 6] = (1500, 0), (0, -1000)
     put_flow(data.files[0].flow, far)
-    assert np.argwhere(~known(data.load(0))).tolist() == [[3, 4]]
+    assert np.argwhere(~known(data.load(0))).tolist() == [[3, 4], [5, 6]]
     assert len(open_data_set('things', tmp_path, 'test')) == 4
 
 
@@ -355,6 +355,16 @@ def test_occlusion_from_two_exact_flows() -> None:
     expected = np.zeros(SIZE, bool)
     expected[3:7, 6:10] = True
     np.testing.assert_array_equal(occlusion_from_flows(flow, backward), expected)
+    # The same, with the ground going to the left and the square standing still.
+    flow, backward = shifted(-4), shifted(4)
+    flow[3:7, 2:6] = backward[3:7, 2:6] = (0, 0)
+    expected |= outside_left(4)
+    expected[3:7, 2:6] = False
+    np.testing.assert_array_equal(occlusion_from_flows(flow, backward), expected)
+
+
+def outside_left(count: int) -> np.ndarray:
+    return right_columns(count)[:, ::-1]
 
 
 def test_sintel_invalid_is_unknown_and_occlusion_is_read(tmp_path: Path) -> None:

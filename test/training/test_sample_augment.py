@@ -182,6 +182,64 @@ def test_occlusion_is_known_only_where_it_was() -> None:
     assert changed.occlusion[changed.occlusion_known].mean() == pytest.approx(0.5, abs=0.02)
 
 
+def test_occlusion_stays_unknown_where_it_was_and_becomes_so_with_unknown_flow() -> None:
+    flow = np.zeros((*SIZE, 2), np.float32)
+    flow[::3] = np.nan
+    known = np.zeros(SIZE, bool)
+    known[:, ::2] = True
+    occlusion = np.zeros(SIZE, bool)
+    occlusion[::2] = True
+    blank = np.zeros((*SIZE, 3), np.uint8)
+    same = np.array([[1.0, 0, 0], [0, 1.0, 0]])
+    changed = transform(Sample(blank, blank, flow, occlusion, known), same, same, SIZE)
+    np.testing.assert_array_equal(changed.occlusion, occlusion)
+    # A pixel that was visible may have left the crop; one that was covered stays covered.
+    np.testing.assert_array_equal(changed.occlusion_known,
+                                  known & (occlusion | np.isfinite(flow[..., 0])))
+
+
+def test_nothing_is_known_outside_of_the_frame() -> None:
+    flow = np.zeros((*SIZE, 2), np.float32)
+    image = np.full((*SIZE, 3), 255, np.uint8)
+    moved = np.array([[1.0, 0, 20], [0, 1.0, 0]])
+    changed = transform(Sample(image, image, flow, np.ones(SIZE, bool)), moved, moved, CROP)
+    inside = np.zeros(CROP, bool)
+    inside[:, 20:] = True
+    np.testing.assert_array_equal(np.isfinite(changed.flow[..., 0]), inside)
+    np.testing.assert_array_equal(changed.occlusion, inside)
+    np.testing.assert_array_equal(changed.occlusion_known, inside)
+    np.testing.assert_array_equal(changed.image1[..., 0] == 255, inside)
+
+
+def test_frames_change_places(sample: Sample) -> None:
+    config = replace(NO_AUGMENT, reverse=1)
+    changed = augment_sample(sample, CROP, config, np.random.default_rng(3))
+    random = np.random.default_rng(3)
+    random.random()
+    expected = augment_sample(replace(sample.reversed(), backward=None), CROP, config, random)
+    np.testing.assert_array_equal(changed.flow, expected.flow)
+    np.testing.assert_array_equal(changed.image1, expected.image1)
+    assert abs(changed.flow - flow_of(MOTION)[:CROP[0], :CROP[1]]).mean() > 3
+
+
+def test_fine_texture_does_not_alias_when_made_smaller() -> None:
+    lines = np.zeros((200, 300, 3), np.uint8)
+    lines[:, ::2] = 255
+    half = np.array([[0.5, 0, 0], [0, 0.5, 0]])
+    flow = np.zeros((200, 300, 2), np.float32)
+    changed = transform(Sample(lines, lines, flow), half, half, (100, 150))
+    assert changed.image1[10:-10, 10:-10].mean() == pytest.approx(127, abs=70)
+    assert changed.image1[10:-10, 10:-10].max() < 240
+
+
+def test_axes_are_stretched_each_on_its_own() -> None:
+    config = replace(NO_AUGMENT, spatial=1, scale=(0.5, 0.5), stretch=0.2, stretch_chance=1)
+    maps = [draw_maps(SIZE, CROP, config, np.random.default_rng(seed))[0] for seed in range(200)]
+    stretch = np.log2([(each[0, 0], each[1, 1]) for each in maps]) - 0.5
+    assert np.abs(stretch).max() <= 0.2 + 1e-9 and (stretch.max(axis=0) > 0.15).all()
+    assert (stretch.min(axis=0) < -0.15).all() and abs(np.corrcoef(stretch.T)[0, 1]) < 0.2
+
+
 def test_what_leaves_the_crop_is_occluded_and_a_plain_crop_is_exact() -> None:
     flow = np.zeros((*SIZE, 2), np.float32)
     flow[..., 0] = 30

@@ -162,7 +162,7 @@ class DataSet:
         """Return the error for a root that does not hold this set."""
         split = f' (split {self.split})' if len(self.splits) > 1 else ''
         return DataSetError(f'{self.root} is not {self.title}{split}: expected {self.layout}; '
-                            f'seen {seen}, but {content_of(self.root)}')
+                            f'seen {seen}: {content_of(self.root)}')
 
     def folder(self, *names: str) -> Path:
         """Return the first folder of these below ``root`` ('.' is the root) that there is."""
