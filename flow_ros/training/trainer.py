@@ -149,30 +149,17 @@ class Trainer:
         SIGINT (Ctrl-C) and SIGTERM end the run after the step at hand, with a checkpoint;
         ``interrupted`` then tells. A second SIGINT ends it at once.
         """
-        began, before, saved = time.monotonic(), self.progress.minutes, time.monotonic()
-        bar = self._bar()
-        with self._signals():
-            while self.share < 1 and not self.interrupted:
-                result = self.step(self.share)
-                now = time.monotonic()
-                minutes, self.interrupted = self.crew.agree(before + (now - began) / 60,
-                                                            bool(self._stop))
-                shown = self.progress.step if self.recipe.steps else self.progress.minutes
-                self._advance(result, minutes)
-                bar.update((self.progress.step if self.recipe.steps
-                            else min(minutes, self.recipe.minutes)) - shown)
-                bar.set_postfix_str(self._window.text(self.progress), refresh=False)
-                if self.progress.step % self.recipe.log_every == 0:
-                    self._log()
-                if self._validation_is_due():
-                    self.validate()
-                if now - saved > self.save_every_s:
-                    if not (done := self.save()):
-                        say('training goes on, and tries again later')
-                    saved = time.monotonic() if done else now
-            bar.close()
-            if not self.interrupted:
-                self.save(weights=False)  # an interruption from here on costs nothing
+        try:
+            with self._signals():
+                self._train()
+                if not self.interrupted:
+                    self.save(weights=False)  # an interruption from here on costs nothing
+        except ValueError:  # data that are of no use any more
+            self.save()
+            raise
+        finally:
+            if (close := getattr(self.data, 'close', None)) is not None:
+                close()
         if self.interrupted and self.crew.first:
             say(f'{self._stop or "another process"} ends the run: saving step '
                 f'{self.progress.step}')
@@ -182,7 +169,7 @@ class Trainer:
             raise SaveError(f'the last state of the run could not be saved: make room and start '
                             f'again, it goes on from {self.checkpoints.latest()}')
         if self.journal is not None:
-            self.journal.flush()
+            self.journal.close()
         self.crew.barrier()
         return self.progress
 
@@ -270,6 +257,30 @@ class Trainer:
             path.with_name(path.name + '.part').unlink(missing_ok=True)
             raise SaveError(f'{path} could not be written ({" ".join(str(error).split())}); '
                             f'the one before is kept') from error
+
+    def _train(self) -> None:
+        """Do steps until the schedule is complete, or somebody wants to stop."""
+        began = saved = time.monotonic()
+        before, bar = self.progress.minutes, self._bar()
+        while self.share < 1 and not self.interrupted:
+            result = self.step(self.share)
+            now = time.monotonic()
+            minutes, self.interrupted = self.crew.agree(before + (now - began) / 60,
+                                                        bool(self._stop))
+            shown = self.progress.step if self.recipe.steps else self.progress.minutes
+            self._advance(result, minutes)
+            bar.update((self.progress.step if self.recipe.steps
+                        else min(minutes, self.recipe.minutes)) - shown)
+            bar.set_postfix_str(self._window.text(self.progress), refresh=False)
+            if self.progress.step % self.recipe.log_every == 0:
+                self._log()
+            if self._validation_is_due():
+                self.validate()
+            if now - saved > self.save_every_s:
+                if not (done := self.save()):
+                    say('training goes on, and tries again later')
+                saved = time.monotonic() if done else now
+        bar.close()
 
     def _advance(self, result: StepResult, minutes: float) -> None:
         if result.done:

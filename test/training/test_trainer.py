@@ -27,16 +27,21 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors import safe_open
 import torch
 
+from flow_ros.evaluation.data_sets import DataSetError
+from flow_ros.flow_io import write_flow, write_image
 from flow_ros.networks import create
 from flow_ros.synthetic.world import WorldConfig
 from flow_ros.training.augment import Batch
 from flow_ros.training.checkpoints import SaveError
 from flow_ros.training.crew import own_device
 from flow_ros.training.recipe import read_recipe, Recipe, recipe_text, Stage, Validation
+from flow_ros.training.sample_augment import AugmentConfig
+from flow_ros.training.sample_loading import DataSetShare
 from flow_ros.training.trainer import Progress, schedule, Trainer
 
 torch.set_num_threads(1)
@@ -47,6 +52,7 @@ TINY = Recipe(steps=6, reuse=2, log_every=1, stages=(Stage(1.0, 2, (72, 88), (64
               validation=Validation(pairs=0))
 SMALL = Validation(pairs=2, render=(72, 88), crop=(64, 80), iterations=(1, 2), warm_iterations=1,
                    every_steps=2)
+NO_CHANGE = AugmentConfig(spatial=0, erase=0)
 
 
 def log_of(folder: Path, *, validation: bool = False) -> list[dict[str, Any]]:
@@ -269,6 +275,38 @@ print(float(sum(value.double().sum() for value in last.network.state_dict().valu
     assert log_of(tmp_path / 'two') == log_of(tmp_path / 'one')
     assert (log_of(tmp_path / 'two', validation=True)[-1]
             == log_of(tmp_path / 'one', validation=True)[-1])
+
+
+def test_data_sets_are_mixed_in_and_measured(tmp_path: Path) -> None:
+    """Sparse pairs beside the world; where all of them are damaged the run ends, and is saved."""
+    random = np.random.default_rng(0)
+    for number in range(3):
+        folder = tmp_path / 'pairs' / str(number)
+        folder.mkdir(parents=True)
+        image = random.integers(0, 255, (80, 96, 3), dtype=np.uint8)
+        for name, shift in (('frame1', 0), ('frame2', 2)):
+            write_image(folder / f'{name}.png', np.roll(image, shift, axis=1))
+        write_flow(folder / 'flow.png', np.full((80, 96, 2), (2, 0), np.float32),
+                   random.random((80, 96)) < 0.3)
+    recipe = replace(TINY, workers=1, steps=4, warm=0.5, data=(
+        DataSetShare('procedural'), DataSetShare('folders', 'pairs', augment=NO_CHANGE)),
+        validation=replace(SMALL, data=(DataSetShare('folders', 'pairs'),)))
+    trainer = Trainer(recipe=recipe, folder=tmp_path / 'run', device=CPU, data_root=tmp_path)
+    assert trainer.run().step == 4
+    assert {'cold_1/epe', 'folders/cold/epe', 'folders/cold/fl_all'} <= trainer.measured.keys()
+    told = log_of(tmp_path / 'run')
+    assert [line['step'] for line in told] == [1, 2, 3, 4]
+    # A sparse set knows no occlusion; the world does.
+    assert {'loss_occlusion' in line for line in told} == {True, False}
+    (tmp_path / 'pairs' / '0' / 'frame1.png').write_bytes(b'no picture')
+    for number in (1, 2):
+        (tmp_path / 'pairs' / str(number) / 'flow.png').write_bytes(b'')
+    again = replace(recipe, workers=0, steps=30)
+    trainer = Trainer(recipe=again, folder=tmp_path / 'run', device=CPU, data_root=tmp_path)
+    with pytest.raises(DataSetError, match='could not be read'):
+        trainer.run()
+    assert trainer.checkpoints.latest() is not None
+    assert trainer.checkpoints.latest().name == f'step-{trainer.progress.step:08}'
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
