@@ -16,9 +16,8 @@
 
 Flow formats: ``.flo`` (Middlebury: float32, dense, unknown pixels 1e9 or more) and 16-bit
 ``.png`` (KITTI: 1/64 px steps, a channel that says which pixels are valid) are read and
-written; ``.pfm`` (FlyingThings3D: float32, rows from below, a third channel of zeros) is, too;
-``.flo5`` (Spring: HDF5) is read, if the Python package h5py is there. Everywhere in
-this package flow is (H, W, 2) float32, u (right) then v (down), invalid pixels NaN.
+written; ``.pfm`` (FlyingThings3D: float32, rows from below, a third channel of zeros) is, too.
+Everywhere in this package flow is (H, W, 2) float32, u (right) then v (down), invalid pixels NaN.
 
 A file that is damaged, cut off or of another kind raises ``FlowFileError`` rather than giving
 half a picture, which is what image libraries do.
@@ -45,7 +44,6 @@ FLO_UNKNOWN_WRITTEN = 1e10
 FLO_MAX_SIDE = 99999
 
 PFM_TAG = b'PF'
-HDF5_SIGNATURE = b'\x89HDF\r\n\x1a\n'
 
 PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 KITTI_SCALE = 64.0
@@ -71,13 +69,11 @@ def read_flow(path: str | Path) -> tuple[FloatArray, BoolArray]:
         flow = _decode_kitti(data, path)
     elif data.startswith((PFM_TAG + b'\n', PFM_TAG + b'\r')):
         flow = _decode_pfm(data, path)
-    elif data.startswith(HDF5_SIGNATURE):
-        flow = _read_flo5(path)
     else:
         raise FlowFileError(
             f'{path} is not a flow file: it starts with {data[:8]!r}; expected a .flo file '
-            f'(starts with {FLO_TAG!r}), a KITTI 16-bit .png, a .pfm of three channels (starts '
-            f'with {PFM_TAG!r}) or a .flo5. Look whether it is the right file, and whether a '
+            f'(starts with {FLO_TAG!r}), a KITTI 16-bit .png or a .pfm of three channels '
+            f'(starts with {PFM_TAG!r}). Look whether it is the right file, and whether a '
             'download left an error page or a pointer in its place')
     return flow, np.isfinite(flow[..., 0])
 
@@ -254,28 +250,6 @@ def _encode_pfm(flow: FloatArray, known: BoolArray) -> bytes:
 def _both_finite(flow: FloatArray) -> BoolArray:
     # Not all(axis=2), which takes ten times as long over an axis of two.
     return np.asarray(np.isfinite(flow[..., 0]) & np.isfinite(flow[..., 1]))
-
-
-def _read_flo5(path: Path) -> FloatArray:
-    try:
-        import h5py
-    except ImportError as error:
-        raise FlowFileError(f'{path} is an HDF5 file, which needs a Python package: '
-                            'pip install h5py') from error
-    try:
-        with h5py.File(path, 'r') as file:
-            if 'flow' not in file:
-                raise FlowFileError(f'{path} holds no data set "flow"; seen '
-                                    f'{", ".join(file) or "nothing"}')
-            flow = np.asarray(file['flow'][()], dtype=np.float32)
-    except (OSError, TypeError) as error:  # cut off or damaged
-        raise FlowFileError(f'{path} cannot be read ({" ".join(str(error).split())[:120]}): '
-                            'write or download it again') from error
-    if flow.ndim != 3 or flow.shape[2] != 2 or 0 in flow.shape:
-        raise FlowFileError(f'{path} holds flow of shape {flow.shape}; expected '
-                            '(height, width, 2)')
-    flow[~_both_finite(flow)] = np.nan
-    return flow
 
 
 def _check_png(data: bytes, path: Path) -> None:

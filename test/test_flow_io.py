@@ -86,27 +86,6 @@ def test_pfm_has_the_published_layout(tmp_path: Path) -> None:
         read_flow(tmp_path / 'b.pfm')
 
 
-def test_flo5_is_read(tmp_path: Path) -> None:
-    h5py = pytest.importorskip('h5py')
-    flow = some_flow()
-    flow[2, 3, 1] = np.nan
-    for name, values in (('flow', flow), ('disparity', flow), ('flow', flow[..., 0])):
-        with h5py.File(tmp_path / 'a.flo5', 'w') as file:
-            file.create_dataset(name, data=values, compression='gzip')
-        if name == 'flow' and values.ndim == 3:
-            read, valid = read_flow(tmp_path / 'a.flo5')
-            assert np.argwhere(~valid).tolist() == [[2, 3]]
-            np.testing.assert_array_equal(read[valid], flow[valid])
-            whole = (tmp_path / 'a.flo5').read_bytes()
-        else:
-            with pytest.raises(FlowFileError, match='disparity|expected'):
-                read_flow(tmp_path / 'a.flo5')
-    for length in range(8, len(whole) - 1, 97):
-        (tmp_path / 'a.flo5').write_bytes(whole[:length])
-        with pytest.raises(FlowFileError, match=r'a\.flo5'):
-            read_flow(tmp_path / 'a.flo5')
-
-
 def test_flo_unknown_values_of_others(tmp_path: Path) -> None:
     values = (1e9, 0.0, 1.0, -2e9, 1666666752.0, 1666666752.0, 3.0, 4.0)
     (tmp_path / 'a.flo').write_bytes(struct.pack('<fii8f', 202021.25, 2, 2, *values))

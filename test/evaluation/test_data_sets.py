@@ -425,6 +425,24 @@ def test_spring_is_read_on_the_grid_of_the_frames(tmp_path: Path) -> None:
     np.testing.assert_array_equal(second.occlusion[1:], right_columns(2)[1:])
 
 
+def test_damaged_flo5(tmp_path: Path) -> None:
+    h5py = pytest.importorskip('h5py')
+    data = opened('spring', tmp_path)
+    path = data.files[0].flow
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 1, len(whole) // 9):
+        path.write_bytes(whole[:length])
+        with pytest.raises(FlowFileError, match='cannot be read'):
+            data.load(0)
+    for name, shape, message in (('disparity', (24, 32), 'no data set "flow"; seen disparity'),
+                                 ('flow', (24, 32), r'of shape \(24, 32\)'),
+                                 ('flow', (20, 32, 2), 'is 32x20; expected 16x12')):
+        with h5py.File(path, 'w') as file:
+            file.create_dataset(name, data=np.zeros(shape, np.float32))
+        with pytest.raises(FlowFileError, match=message):
+            data.load(0)
+
+
 def test_spring_without_h5py_names_the_package(tmp_path: Path,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     spring(tmp_path)

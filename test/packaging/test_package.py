@@ -125,7 +125,7 @@ def test_only_its_runtime_imports_tensorrt() -> None:
 
 def test_optional_packages_are_imported_when_asked_for() -> None:
     optional = {'openvino', 'tensorrt', 'onnx', 'onnxruntime', 'onnxscript', 'rosbags', 'tkinter',
-                'cv_bridge', 'ament_index_python', 'lightning_fabric', 'tensorboard'}
+                'cv_bridge', 'ament_index_python', 'lightning_fabric', 'tensorboard', 'h5py'}
     own = {'openvino': 'openvino.py', 'tensorrt': 'tensorrt.py'}  # these are imported lazily
     wrong = [f'{path.relative_to(ROOT)} imports {name} at its start' for path in package_files()
              for name, at_start in imports(path)

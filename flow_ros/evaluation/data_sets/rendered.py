@@ -266,7 +266,7 @@ class Spring(DataSet):
 
     def read_flow(self, path: Path, size: tuple[int, int]) -> FloatArray:
         """Return the flow (H, W, 2) of a file on the frames' grid."""
-        flow = super().read_flow(path, size)
+        flow = _read_flo5(path)
         doubled = flow.shape[:2] == (2 * size[0], 2 * size[1])
         return np.ascontiguousarray(flow[::2, ::2]) if doubled else flow
 
@@ -323,6 +323,25 @@ def _frame(folder: Path, number: str) -> Path:
     """Return a frame's path; the files are .png, or .webp in the small download."""
     webp = folder / f'{number}.webp'
     return webp if webp.is_file() else folder / f'{number}.png'
+
+
+def _read_flo5(path: Path) -> FloatArray:
+    """Return the flow (H, W, 2) of an HDF5 file, NaN where unknown."""
+    import h5py
+
+    try:
+        with h5py.File(path, 'r') as file:
+            if 'flow' not in file:
+                raise FlowFileError(f'{path} holds no data set "flow"; seen '
+                                    f'{", ".join(file) or "nothing"}')
+            flow = np.asarray(file['flow'][()], dtype=np.float32)
+    except (OSError, TypeError) as error:  # cut off or damaged
+        raise FlowFileError(f'{path} cannot be read ({" ".join(str(error).split())[:120]}): '
+                            'write or download it again') from error
+    if flow.ndim != 3 or flow.shape[2] != 2 or 0 in flow.shape:
+        raise FlowFileError(f'{path} holds flow of shape {flow.shape}; expected '
+                            '(height, width, 2)')
+    return flow
 
 
 def _read_array(path: Path) -> np.ndarray:
