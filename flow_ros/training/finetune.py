@@ -58,6 +58,10 @@ TEACHING_SHARE = 0.2
 
 LEAST_GAIN = 0.003
 """By which share the photometric error must change to be called a change."""
+
+STILL_PX = 0.2
+"""Mean speed below which the robot is said to stand still."""
+
 LEAST_CONSISTENCY = 0.01
 """Which change of the share of consistent pixels is called one."""
 
@@ -329,6 +333,10 @@ def judge(comparisons: tuple[Comparison, ...]) -> tuple[str, str]:
     told = (f'photometric error {100 * error / max(before, 1e-9):+.1f} % '
             f'(changes under {100 * matters / max(before, 1e-9):.1f} % are noise), '
             f'consistent pixels {100 * agreement:+.1f} points (under {100 * counts:.1f}: noise)')
+    speed = float(np.mean([row.before.speed_px for row in comparisons]))
+    if speed < STILL_PX:
+        told += (f'; mean speed {speed:.2f} px per frame, so hardly anything moves: record it '
+                 f'moving')
     if error > matters or agreement < -counts:
         return 'made it worse', told
     if error < -matters or agreement > counts:

@@ -136,3 +136,11 @@ def test_verdict(census: list[float], consistent: list[float], verdict: str) -> 
     seen, reason = judge(rows(census, consistent))
     assert seen == verdict
     assert 'photometric error' in reason
+
+
+def test_a_robot_that_stands_still_is_told_to_move() -> None:
+    still = Measures(0.4, 1.0, 0.0, 0.9, 0.05)
+    verdict, reason = judge((Comparison(0, still, still), Comparison(1, still, still)))
+    assert verdict == 'made no difference'
+    assert 'record it moving' in reason
+    assert 'moving' not in judge(rows([0.4, 0.4], [0.9, 0.9]))[1]
