@@ -17,8 +17,10 @@
 from collections.abc import Mapping
 import json
 import math
+import os
 from pathlib import Path
 import sys
+import threading
 from typing import Any
 
 import numpy as np
@@ -43,10 +45,13 @@ class Journal:
         self._failed = False
         self._cut(step)
         self._writer: Any = None
+        self._open(folder, step)
+
+    def _open(self, folder: Path, step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
-            self._writer = SummaryWriter(
-                str(folder / 'tensorboard'), purge_step=step + 1)
+            self._writer = SummaryWriter(str(folder / 'tensorboard'), purge_step=step + 1)
+            _quiet_tensorboard()
         except ImportError:
             say(f'no TensorBoard curves and pictures (pip install tensorboard): the '
                 f'curves are in {self.path}')
@@ -60,8 +65,7 @@ class Journal:
                 for key, value in values.items()}
         content = {**progress, **told} if kind == 'train' else {**progress, kind: told}
         try:
-            with self.path.open('a') as file:
-                file.write(json.dumps(content) + '\n')
+            self._append(json.dumps(content) + '\n')
             if self._writer is not None:
                 for key, value in values.items():
                     self._writer.add_scalar(f'{kind}/{key}', value, progress['step'])
@@ -93,6 +97,17 @@ class Journal:
             except OSError as error:
                 self._warn(error)
 
+    def _append(self, line: str) -> None:
+        """Write a line whole or not at all, so that it does not spoil the next one."""
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open('a') as file:
+                file.write(line)
+        except OSError:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            raise
+
     def _cut(self, step: int) -> None:
         """Leave the lines up to ``step``."""
         if not self.path.exists():
@@ -110,8 +125,21 @@ class Journal:
     def _warn(self, error: OSError) -> None:
         if not self._failed:
             say(f'the log in {self.path.parent} cannot be written '
-                f'({error.strerror or error}): lines are missing there')
+                f'({error.strerror or error}): lines are missing there, TensorBoard\'s end')
         self._failed = True
+        self._writer = None  # its thread has ended with the first failure
+
+
+def _quiet_tensorboard() -> None:
+    """Keep TensorBoard's thread from printing a traceback: it raises where it is called, too."""
+    shown = threading.excepthook
+
+    def show(failed: threading.ExceptHookArgs) -> None:
+        ours = type(failed.thread).__module__.startswith('tensorboard')
+        if not (ours and isinstance(failed.exc_value, OSError)):
+            shown(failed)
+
+    threading.excepthook = show
 
 
 def _step_of(line: str) -> float:

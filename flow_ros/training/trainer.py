@@ -227,7 +227,7 @@ class Trainer:
             self.journal.flush()
         return self.measured
 
-    def save(self, *, weights: bool = True) -> bool:
+    def save(self, *, weights: bool = True, otherwise: str = '') -> bool:
         """Write a checkpoint and the averaged weights; False, and one line, where it failed."""
         if not self.crew.first:
             return True
@@ -242,7 +242,7 @@ class Trainer:
             if weights:
                 self._averaged(self._save_weights)
         except SaveError as error:
-            say(str(error))
+            say(f'{error}{otherwise}')
             return False
         return True
 
@@ -277,8 +277,7 @@ class Trainer:
             if self._validation_is_due():
                 self.validate()
             if now - saved > self.save_every_s:
-                if not (done := self.save()):
-                    say('training goes on, and tries again later')
+                done = self.save(otherwise='; training goes on, and tries again later')
                 saved = time.monotonic() if done else now
         bar.close()
 
