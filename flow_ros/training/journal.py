@@ -125,7 +125,7 @@ class Journal:
     def _warn(self, error: OSError) -> None:
         if not self._failed:
             say(f'the log in {self.path.parent} cannot be written '
-                f'({error.strerror or error}): lines are missing there, TensorBoard\'s end')
+                f"({error.strerror or error}): lines are missing there, TensorBoard's end")
         self._failed = True
         self._writer = None  # its thread has ended with the first failure
 
