@@ -35,17 +35,21 @@ _TINY = 1e-12
 
 
 def sequence_loss(levels: list[tuple[int, Tensor]], final: Tensor, truth: Tensor,
-                  gamma: float) -> Tensor:
+                  gamma: float, exponent: float = 1.0) -> Tensor:
     """Return DIP's equations 8 and 9: sum of gamma^(N-i-1) * mean |f_i - f_gt|, px.
 
     A prediction at 1/level is compared on its own grid with the truth at its cells' centres,
     times level: that spares upsampling each of them. ``final`` (B, 2, H, W), weight 1.
+
+    An ``exponent`` q below 1 makes many small errors count more and few large ones less, as
+    PWC-Net's robust loss for fine-tuning does (its equation 2): (|d| + 0.01)^q, here with |d|
+    the mean over the components and divided by q, so that the slope at 1 px stays what it was.
     """
     count = len(levels) + 1
-    loss = _distance(final, truth)
+    loss = _distance(final, truth, exponent)
     for index, (level, flow) in enumerate(levels):
         target = truth[..., level // 2::level, level // 2::level]
-        loss = loss + gamma ** (count - index - 1) * _distance(level * flow, target)
+        loss = loss + gamma ** (count - index - 1) * _distance(level * flow, target, exponent)
     return loss
 
 
@@ -166,9 +170,12 @@ def occlusion_loss(logit: Tensor, occlusion: Tensor | None, *,
     return (entropy * known).sum() / known.sum().clamp(min=1)
 
 
-def _distance(flow: Tensor, truth: Tensor) -> Tensor:
+def _distance(flow: Tensor, truth: Tensor, exponent: float = 1.0) -> Tensor:
     # Filled in before the difference: the gradient of |NaN| is NaN, masked or not.
-    return _masked_mean((flow - torch.where(_usable(truth), truth, flow.detach())).abs(), truth)
+    error = (flow - torch.where(_usable(truth), truth, flow.detach())).abs()
+    if exponent != 1:
+        error = (error.mean(dim=1, keepdim=True) + 0.01) ** exponent / exponent
+    return _masked_mean(error, truth)
 
 
 def _usable(truth: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ adds its own to ``OBJECTIVES``.
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -55,7 +55,12 @@ class Losses:
     epe: Tensor
 
 
-Objective = Callable[[FlowNetwork, Batch, Generator], Losses]
+class Objective(Protocol):
+    """What ``OBJECTIVES`` make."""
+
+    def __call__(self, network: FlowNetwork, batch: Batch, random: Generator, *,
+                 exponent: float = 1.0) -> Losses:
+        """Return the losses of ``batch``; ``exponent`` is the stage's."""
 
 
 class DipRtObjective:
@@ -64,7 +69,8 @@ class DipRtObjective:
     def __init__(self, recipe: Recipe, autocast: Autocast = nullcontext) -> None:
         self.recipe, self.autocast = recipe, autocast
 
-    def __call__(self, network: Any, batch: Batch, random: Generator) -> Losses:
+    def __call__(self, network: Any, batch: Batch, random: Generator, *,
+                 exponent: float = 1.0) -> Losses:
         """Return the losses of one batch with a schedule drawn by ``random``."""
         recipe = self.recipe
         prior, steps16, steps8 = None, _between(2, 4, random), _between(2, 4, random)
@@ -83,7 +89,7 @@ class DipRtObjective:
         flow, error = seen.flow.float(), seen.error.float()
         levels = [(level, value.float()) for level, value in seen.levels]
         parts = {
-            'sequence': sequence_loss(levels, flow, batch.flow, recipe.gamma),
+            'sequence': sequence_loss(levels, flow, batch.flow, recipe.gamma, exponent),
             'matching': recipe.matching * matching_loss(
                 seen.matches, batch.flow, batch.occlusion, network.config.radius),
             'mixture': 0.2 * mixture_of_laplace(flow, error, batch.flow)}
@@ -99,7 +105,8 @@ class DipObjective:
     def __init__(self, recipe: Recipe, autocast: Autocast = nullcontext) -> None:
         self.recipe, self.autocast = recipe, autocast
 
-    def __call__(self, network: Any, batch: Batch, random: Generator) -> Losses:
+    def __call__(self, network: Any, batch: Batch, random: Generator, *,
+                 exponent: float = 1.0) -> Losses:
         """Return the losses of one batch."""
         recipe, (count, _, height, width) = self.recipe, batch.flow.shape
         prior, noise = None, None
@@ -116,8 +123,8 @@ class DipObjective:
                                         checkpointed=recipe.checkpointed)
         levels = [(1, flow.float()) for flow in flows[:-1]]
         flow = flows[-1].float()
-        return losses_of({'sequence': sequence_loss(levels, flow, batch.flow, recipe.gamma)},
-                         flow, batch.flow)
+        loss = sequence_loss(levels, flow, batch.flow, recipe.gamma, exponent)
+        return losses_of({'sequence': loss}, flow, batch.flow)
 
 
 OBJECTIVES: Mapping[str, Callable[[Recipe, Autocast], Objective]] = {

@@ -41,6 +41,8 @@ class Stage:
     crop: tuple[int, int]
     largest_motion_px: float | None = None
     """In place of the world's: a first stage of small motions is learnt sooner."""
+    exponent: float = 1.0
+    """Of the flow's errors in the sequence loss: below 1, small errors count more."""
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,8 @@ class Trainer:
         for number in range(recipe.accumulate):
             index = self.progress.step * recipe.accumulate + number
             random = self._random(index)
-            losses = self.objective(self.network, self.data.batch(index, part, random), random)
+            losses = self.objective(self.network, self.data.batch(index, part, random), random,
+                                    exponent=stage.exponent)
             self._backward(losses.total / recipe.accumulate)
             for name, value in {'loss': losses.total.detach(), 'epe': losses.epe,
                                 **{f'loss_{key}': value for key, value in losses.parts.items()}

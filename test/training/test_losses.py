@@ -48,6 +48,24 @@ def test_very_long_and_unknown_truth_is_left_out() -> None:
     assert float(sequence_loss([], final, truth, 0.8)) == pytest.approx(2)
 
 
+def test_a_small_exponent_listens_to_small_errors() -> None:
+    """PWC-Net's robust loss: the slope is that of the plain loss at 1 px, and falls with it."""
+    truth = torch.zeros(1, 2, 4, 4)
+    slopes = []
+    for error in (0.09, 0.99, 24.99):
+        flow = torch.full((1, 2, 4, 4), error, requires_grad=True)
+        loss = sequence_loss([], flow, truth, 0.8, exponent=0.5)
+        assert float(loss.detach()) == pytest.approx((error + 0.01) ** 0.5 / 0.5)
+        loss.backward()
+        slopes.append(float(flow.grad.sum()))
+    assert slopes == pytest.approx([1 / 0.1 ** 0.5, 1, 1 / 5], rel=1e-3)
+    unknown = torch.full_like(truth, float('nan'))
+    flow = torch.ones(1, 2, 4, 4, requires_grad=True)
+    sequence_loss([], flow, unknown, 0.8, exponent=0.5).backward()
+    assert not bool(flow.grad.any())
+
+
+
 def test_mixture_is_the_likelihood_of_its_two_laplace_distributions() -> None:
     truth, flow = torch.zeros(1, 2, 1, 1), torch.full((1, 2, 1, 1), 1.5)
     error = torch.tensor([0.4, 1.1]).view(1, 2, 1, 1)
