@@ -75,7 +75,7 @@ def test_divergence_is_zero_for_the_target_itself_and_counts_nothing_where_unkno
     loss = density_loss([flat], [torch.zeros(1, 2, 2, 2)], truth, sparse=True)
     density = slow_density((4.3 / 4, 4.3 / 4), 4)
     entropy = sum(p * (math.log(p) + math.log(81)) for p in density if p)
-    assert float(loss.detach()) == pytest.approx(entropy / 2, rel=1e-5)  # half of the pixels are unknown
+    assert float(loss.detach()) == pytest.approx(entropy / 2, rel=1e-5)  # half is unknown
     loss.backward()
     assert bool(torch.isfinite(flat.grad).all())
     assert float(flat.grad[..., 1].abs().max()) == 0
