@@ -14,13 +14,16 @@
 
 """What a training run is made of: a YAML file, read into frozen dataclasses."""
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+import math
 from pathlib import Path
 import types
 from typing import Any, get_args, get_origin, get_type_hints, Union
 
 import yaml
 
+from flow_ros.synthetic.camera import CameraConfig
 from flow_ros.synthetic.world import WorldConfig
 from flow_ros.training.sample_augment import AugmentConfig
 from flow_ros.training.sample_loading import DataSetShare, PROCEDURAL
@@ -161,21 +164,29 @@ def check_recipe(recipe: Recipe, where: str) -> None:
         if not holds:
             raise ValueError(f'{where}: {message}')
 
-    require(recipe.steps is None or recipe.steps >= 1,
-            f'steps must be at least 1; seen {recipe.steps}')
-    require(recipe.minutes > 0, f'minutes must be positive; seen {recipe.minutes}')
+    stages = [(stage, f'stage {number}, ') for number, stage in enumerate(recipe.stages, start=1)]
+    for part, things in ((recipe, ''), *stages,
+                         (recipe.validation, 'validation, '), (recipe.world, 'world, '),
+                         (recipe.world.camera, 'world, camera, ')):
+        for name, holds, words in _RANGES[type(part)]:
+            value = getattr(part, name)
+            require(value is None or holds(value), f'{things}{name} must be {words}; seen {value}')
     require(recipe.precision in PRECISIONS,
             f'precision must be one of {", ".join(PRECISIONS)}; seen {recipe.precision!r}')
     require(recipe.anneal in ANNEALS,
             f'anneal must be one of {", ".join(ANNEALS)}; seen {recipe.anneal!r}')
-    require(recipe.accumulate >= 1, f'accumulate must be at least 1; seen {recipe.accumulate}')
-    require(recipe.log_every >= 1, f'log_every must be at least 1; seen {recipe.log_every}')
     require(bool(recipe.data), 'data must name at least one data set, or be left out for the '
             'procedural world')
     require(bool(recipe.stages) and recipe.stages[-1].until >= 1,
             'the last stage must last until 1.0')
+    require(recipe.world.driving + recipe.world.flying <= 1, 'world: driving and flying are '
+            'shares of one whole, at most 1 together')
+    ends = [stage.until for stage in recipe.stages]
+    require(ends == sorted(set(ends)), f'each stage must end after the one before it; seen {ends}')
+    measured = [share.name for share in recipe.validation.data]
+    require(len(measured) == len(set(measured)), f'validation, data: each set can be measured '
+            f'once; seen {", ".join(measured)}')
     for stage in recipe.stages:
-        require(stage.batch >= 1, f'a batch has at least 1 pair; seen {stage.batch}')
         require(stage.batch % recipe.accumulate == 0, f'a batch of {stage.batch} cannot be '
                 f'worked off in {recipe.accumulate} equal parts (accumulate)')
     areas = [(stage.render, stage.crop) for stage in recipe.stages]
@@ -234,5 +245,39 @@ def _value(value: Any, kind: Any, key: str, where: str) -> Any:
         raise ValueError(f'{where}: {key} must be {_NAMES[kind]}; seen {value!r}')
     return value
 
+
+def _at_least(least: float) -> tuple[Callable[[float], bool], str]:
+    return lambda value: least <= value < math.inf, f'at least {least}'
+
+
+_COUNT, _NOT_NEGATIVE = _at_least(1), _at_least(0)
+_POSITIVE = (lambda value: 0 < value < math.inf, 'positive')
+_SHARE = (lambda value: 0 <= value <= 1, 'a share from 0 to 1')
+_BELOW_1 = (lambda value: 0 <= value < 1, 'from 0 to below 1')
+_ABOVE_0 = (lambda value: 0 < value <= 1, 'above 0 and at most 1')
+_COUNTS = (lambda values: all(value >= 1 for value in values), 'at least 1 each')
+
+_RANGES: Mapping[type[Any], Sequence[tuple[str, Callable[[Any], bool], str]]] = {
+    kind: [(name, *rule) for rule, names in rules.items() for name in names.split()]
+    for kind, rules in {
+        Recipe: {_COUNT: 'steps accumulate iterations reuse log_every',
+                 _POSITIVE: 'minutes learning_rate epsilon clip',
+                 _NOT_NEGATIVE: 'seed weight_decay matching workers',
+                 _BELOW_1: 'warmup ema', _ABOVE_0: 'gamma', _SHARE: 'warm warm_real',
+                 (lambda values: all(0 <= value < 1 for value in values),
+                  'from 0 to below 1'): 'betas'},
+        Stage: {_ABOVE_0: 'until exponent', _COUNT: 'batch', _COUNTS: 'render crop',
+                _POSITIVE: 'largest_motion_px'},
+        Validation: {_POSITIVE: 'every_minutes', _COUNT: 'every_steps warm_iterations samples',
+                     _NOT_NEGATIVE: 'pairs seed pictures', _COUNTS: 'render crop iterations'},
+        WorldConfig: {_POSITIVE: 'largest_motion_px', _SHARE: 'driving flying non_rigid',
+                      _NOT_NEGATIVE: 'unsteady', _COUNT: 'surfaces bank_objects',
+                      (lambda values: 0 <= values[0] <= values[1],
+                       '(fewest, most), from 0 on'): 'objects'},
+        CameraConfig: {
+            _NOT_NEGATIVE: 'longest_blur_px',
+            _SHARE: 'motion_blur rolling_shutter light defocus vignetting dirt rain bayer noise '
+                    'grey jpeg'}}.items()}
+"""Of the fields: name, whether a value is in range, and the range in words."""
 
 _NAMES = {int: 'a whole number', float: 'a number', bool: 'true or false', str: 'text'}
