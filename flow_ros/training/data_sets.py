@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 import logging
 import multiprocessing
+from multiprocessing.connection import Connection
 from typing import Protocol, TYPE_CHECKING
 
 import numpy as np
@@ -105,9 +106,12 @@ class DataSets:
         self._loader = Loader(self._sources) if sets else None
         self._random_of, self._ahead = random_of, ahead if random_of is not None else 0
         self._pool: ProcessPoolExecutor | None = None
+        self._lifeline: Connection | None = None
         if workers > 0 and sets:
-            self._pool = ProcessPoolExecutor(
-                workers, multiprocessing.get_context('spawn'), start_process, (self._sources,))
+            context = multiprocessing.get_context('spawn')
+            self._theirs, self._lifeline = context.Pipe(duplex=False)
+            self._pool = ProcessPoolExecutor(workers, context, start_process,
+                                             (self._sources, self._theirs))
         self._coming: OrderedDict[_Key, list[Future[Drawn]]] = OrderedDict()
         self._drawn = self._failed = 0
         self._warned: set[str] = set()
@@ -119,12 +123,17 @@ class DataSets:
     def batch(self, step: int, stage: 'Stage', random: Generator) -> Batch:
         """Return the batch of ``step``, cropped to ``stage.crop``, this process's share."""
         key = self._key(stage, random)
-        if key is None:
-            assert self._procedural is not None
-            batch = self._procedural.batch(step, stage, random)
-        else:
-            batch = self._stack(self._samples(key))
-        self._look_ahead(step, stage)
+        try:
+            if key is None:
+                assert self._procedural is not None
+                batch = self._procedural.batch(step, stage, random)
+            else:
+                batch = self._stack(self._samples(key))
+            self._look_ahead(step, stage)
+        except BrokenProcessPool as error:
+            self._cut_lifeline()  # the other processes do not heed the pool's SIGTERM
+            raise DataSetError('a process that reads the data ended by force, perhaps for want '
+                               'of memory: train with fewer workers') from error
         return batch
 
     def close(self) -> None:
@@ -132,6 +141,13 @@ class DataSets:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
+            self._cut_lifeline()
+
+    def _cut_lifeline(self) -> None:
+        if self._lifeline is not None:
+            self._lifeline.close()
+            self._theirs.close()
+            self._lifeline = None
 
     def _key(self, stage: 'Stage', random: Generator) -> _Key | None:
         """Return what the batch will be made of; None if the procedural world makes it."""
@@ -144,12 +160,8 @@ class DataSets:
         if self._pool is None:
             assert self._loader is not None
             return [self._loader.draw(key.seed, place, key.crop) for place in range(key.count)]
-        try:
-            futures = self._coming.pop(key, None) or self._submit(self._pool, key)
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise DataSetError('a process that reads the data ended by force, perhaps for want '
-                               'of memory: train with fewer workers') from error
+        futures = self._coming.pop(key, None) or self._submit(self._pool, key)
+        return [future.result() for future in futures]
 
     def _look_ahead(self, step: int, stage: 'Stage') -> None:
         """Let the processes begin with the batches of the steps to come."""

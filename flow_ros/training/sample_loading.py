@@ -16,7 +16,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-import multiprocessing
+from multiprocessing.connection import Connection
 import os
 import signal
 import threading
@@ -114,17 +114,21 @@ class _Process:
     loader: Loader
 
 
-def start_process(sources: Sequence[Source]) -> None:
-    """Make the loader of this process, which is to use one core and to end with its parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
-    cv2.setNumThreads(1)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        def follow() -> None:
-            parent.join()
-            os._exit(1)  # the parent was killed: nobody waits for what is left to do
+def start_process(sources: Sequence[Source], parent: Connection) -> None:
+    """Make the loader of this process, which is to use one core and to end with its parent.
 
-        threading.Thread(target=follow, daemon=True).start()
+    The parent holds the other end of the pipe ``parent``. Signals are its to answer: they reach
+    the whole group (Ctrl-C, ``timeout``, torchrun, systemd), and its last step needs data.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    cv2.setNumThreads(1)
+
+    def follow() -> None:
+        parent.poll(None)  # until the other end is closed, or its process was killed
+        os._exit(1)  # nobody waits for what is left to do
+
+    threading.Thread(target=follow, daemon=True).start()
     _Process.loader = Loader(sources)
 
 

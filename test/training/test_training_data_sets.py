@@ -257,16 +257,26 @@ def test_damage_is_seen_through_the_processes(
         data.close()
 
 
-def test_a_killed_process_is_said(mixture: tuple[DataSetShare, ...]) -> None:
-    data = DataSets(mixture, workers=1)
+def test_processes_leave_sigterm_to_their_parent_and_end_when_one_is_killed(
+        mixture: tuple[DataSetShare, ...]) -> None:
+    data = DataSets(mixture, workers=2)
     try:
-        data.batch(0, STAGE, random_of(0))
-        for process in multiprocessing.active_children():
-            process.kill()
+        before = multiprocessing.active_children()
+        expected = data.batch(0, STAGE, random_of(0))
+        ours = [child for child in multiprocessing.active_children() if child not in before]
+        assert ours
+        for process in ours:
+            process.terminate()
+        time.sleep(0.1)
+        assert torch.equal(data.batch(0, STAGE, random_of(0)).flow.nan_to_num(),
+                           expected.flow.nan_to_num())
+        ours[0].kill()
         with pytest.raises(DataSetError, match='ended by force.*fewer workers'):
-            data.batch(1, STAGE, random_of(1))
+            for step in range(1, 100):
+                data.batch(step, STAGE, random_of(step))
     finally:
         data.close()
+    assert not any(process.is_alive() for process in ours)
 
 
 def test_processes_end_with_a_killed_parent(mixture: tuple[DataSetShare, ...],
