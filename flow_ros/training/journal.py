@@ -113,7 +113,7 @@ class Journal:
         if not self.path.exists():
             return
         try:
-            lines = self.path.read_text().splitlines(keepends=True)
+            lines = self.path.read_text(errors='replace').splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 part = self.path.with_name('log.jsonl.part')

@@ -152,6 +152,17 @@ def recipe_text(recipe: Recipe) -> str:
     return text
 
 
+def changed_fields(text: str, recipe: Recipe) -> list[str]:
+    """Return in which fields ``recipe`` is not that of ``recipe_text``'s ``text``."""
+    try:
+        before, now = (_make(Recipe, yaml.safe_load(each), 'recipe')
+                       for each in (text, recipe_text(recipe)))
+    except ValueError:  # of another version
+        return ['some fields']
+    return [entry.name for entry in fields(Recipe)
+            if getattr(before, entry.name) != getattr(now, entry.name)]
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}

@@ -21,6 +21,7 @@ import json
 import math
 from pathlib import Path
 import signal
+from tempfile import TemporaryFile
 import threading
 import time
 from typing import Any, Protocol
@@ -40,7 +41,7 @@ from flow_ros.training.crew import Crew
 from flow_ros.training.journal import Journal, say
 from flow_ros.training.objectives import make_objective
 from flow_ros.training.procedural import Procedural
-from flow_ros.training.recipe import Recipe, recipe_text, Stage
+from flow_ros.training.recipe import changed_fields, Recipe, recipe_text, Stage
 from flow_ros.training.sample_loading import PROCEDURAL
 from flow_ros.training.validation import held_out, Measured, rooted, Validation
 
@@ -134,13 +135,11 @@ class Trainer:
         self._validated = self.progress
         self._window = Window()
         self._stop = ''
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f'{folder} cannot be made ({error.strerror}): choose another folder '
-                             f'to train into') from error
         self.checkpoints = Checkpoints(folder / 'checkpoints')
-        self._resume()
+        if self.crew.first:
+            _make_writable(self.checkpoints.folder)
+            self._say_shares()
+        self._resume(initial)
         self.journal = Journal(folder, step=self.progress.step) if self.crew.first else None
 
     def run(self) -> Progress:
@@ -154,9 +153,21 @@ class Trainer:
                 self._train()
                 if not self.interrupted:
                     self.save(weights=False)  # an interruption from here on costs nothing
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f'{self.device} has too little memory for this step ({str(error).split(".")[0]}):'
+                f' work batches off in more parts (--accumulate {2 * self.recipe.accumulate}), '
+                f'or set checkpointed: true, or make batch or crop of the recipe smaller; '
+                f'{self._kept()}') from error
         except ValueError:  # data that are of no use any more
             self.save()
             raise
+        except RuntimeError as error:
+            if self.crew.size == 1 or not _is_of_the_network(error):
+                raise
+            raise ValueError(f'process {self.crew.rank} of {self.crew.size} has lost another one '
+                             f'({" ".join(str(error).split())[-120:]}): see what that one has '
+                             f'said; {self._kept()}') from error
         finally:
             if (close := getattr(self.data, 'close', None)) is not None:
                 close()
@@ -191,7 +202,7 @@ class Trainer:
             group['lr'] = rate
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        told: dict[str, Tensor] = {}
+        told: dict[str, list[Tensor]] = {}
         for number in range(recipe.accumulate):
             index = self.progress.step * recipe.accumulate + number
             random = self._random(index)
@@ -201,11 +212,13 @@ class Trainer:
             for name, value in {'loss': losses.total.detach(), 'epe': losses.epe,
                                 **{f'loss_{key}': value for key, value in losses.parts.items()}
                                 }.items():
-                told[name] = told.get(name, 0) + value / recipe.accumulate
+                told.setdefault(name, []).append(value.double())
         self.crew.mean_gradients(self.network)
-        told['gradient_norm'] = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
-        # One wait for the device in each step.
-        values = dict(zip(told, torch.stack([value.double() for value in told.values()]).tolist()))
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), recipe.clip)
+        told['gradient_norm'] = [norm.double()]
+        # Means over the parts that know it; one wait for the device in each step.
+        means = [torch.stack(values).nanmean() for values in told.values()]
+        values = dict(zip(told, torch.stack(means).tolist()))
         done = math.isfinite(values['gradient_norm'])
         if done:
             self.optimizer.step()
@@ -312,6 +325,7 @@ class Trainer:
     def _calibrate(self) -> None:
         """Fit the confidence to held-out scenes, and keep it in the averaged weights."""
         assert isinstance(self.network, DipRt)
+        fit = self.average.tensors['calibration']
         if self.crew.first:
             # Not those that are measured.
             validation = replace(self.recipe.validation, seed=self.recipe.validation.seed + 1,
@@ -319,7 +333,9 @@ class Trainer:
                                  crop=self.recipe.stages[-1].crop)
             batches = held_out(replace(self.recipe, validation=validation), self.device,
                                CALIBRATION_BATCHES)
-            self.average.tensors['calibration'] = calibrate(self.network, batches)
+            fit = calibrate(self.network, batches)
+        fit = self.crew.told(fit.cpu())  # the validation starts warm with its confidence
+        self.average.tensors['calibration'] = fit.to(self.device)
 
     def _data(self, data_root: Path | None) -> Data:
         """Return the source of batches that the recipe names."""
@@ -342,7 +358,20 @@ class Trainer:
         seed = (self.recipe.seed * 1_000_003 + index) * self.crew.size + self.crew.rank
         return Generator().manual_seed(seed)
 
-    def _resume(self) -> None:
+    def _say_shares(self) -> None:
+        parts = self.recipe.accumulate * self.crew.size
+        for stage in self.recipe.stages:
+            done = self.crew.share(stage.batch // self.recipe.accumulate) * parts
+            if done != stage.batch:
+                say(f'a batch of {stage.batch} does not divide into {parts} equal parts '
+                    f'({self.crew.size} processes, accumulate {self.recipe.accumulate}): '
+                    f'{done} pairs make a step')
+
+    def _kept(self) -> str:
+        latest = self.checkpoints.latest()
+        return f'the same command goes on from {latest}' if latest else 'nothing is saved yet'
+
+    def _resume(self, initial: Path | None) -> None:
         # Read once and sent around: not all machines need to see the folder.
         path = self.checkpoints.latest() if self.crew.first else None
         path, parts = self.crew.told((path, self.checkpoints.load(path) if path else {}))
@@ -353,21 +382,32 @@ class Trainer:
             # does not wait for the GPU.
             state = parts['state']
             self.network.load_state_dict(state['network'])
+            wanted = [{name: group[name] for name in ('betas', 'eps', 'weight_decay')}
+                      for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(parts['optimizer']['optimizer'])
+            for group, own in zip(self.optimizer.param_groups, wanted):
+                group.update(own)  # the recipe's, which may have changed
             self.average.tensors = {key: value.to(self.device)
                                     for key, value in state['average'].items()}
             self.progress = Progress(**state['progress'])
             self._validated = Progress(**state['validated'])
             self.measured = state['measured']
             self._window = Window(**state['window'])
+            processes, changed = state['processes'], changed_fields(state['recipe'], self.recipe)
         except (RuntimeError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f'{path} cannot be resumed by this version or network '
                              f'({" ".join(str(error).split())[:150]}). '
                              f'{self.checkpoints.advice(path)}') from error
         if self.crew.first:
             say(f'goes on from {path}')
-            if state['processes'] != self.crew.size:
-                say(f'it was made by {state["processes"]} processes, and now there are '
+            if initial is not None:
+                say(f'the weights of {initial} are not used: train into another folder to begin '
+                    f'with them')
+            if changed:
+                say(f'the recipe has changed since ({", ".join(changed)}): training goes on by '
+                    f'the new one')
+            if processes != self.crew.size:
+                say(f'it was made by {processes} processes, and now there are '
                     f'{self.crew.size}: the batches will be others')
 
     def _averaged(self, act: Callable[[], object]) -> None:
@@ -427,6 +467,23 @@ class Trainer:
         finally:
             for number, handler in kept.items():
                 signal.signal(number, handler)
+
+
+def _make_writable(folder: Path) -> None:
+    """Make ``folder``; raises ValueError, before hours are spent, where it cannot be used."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f'{folder} cannot be made or written to ({error.strerror}): choose '
+                         f'another folder to train into') from error
+
+
+def _is_of_the_network(error: RuntimeError) -> bool:
+    """Tell whether ``error`` is one of gloo or NCCL."""
+    return isinstance(error, torch.distributed.DistError) or any(
+        word in str(error).lower() for word in ('gloo', 'nccl', 'connection'))
 
 
 class Window:
