@@ -93,8 +93,11 @@ def run(options: argparse.Namespace) -> int:
             progress.update(task, advance=1, description=pair.name)
             if options.pictures is not None:
                 path = options.pictures / f'{pair.name}.png'
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_image(path, pair_strip(loaded, estimates[options.network]))
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_image(path, pair_strip(loaded, estimates[options.network]))
+                except OSError as error:  # the numbers are worth more than the pictures
+                    messages.print(f'{path} cannot be written: {error.strerror}', markup=False)
 
         report = evaluate({options.network: subject, **baselines()}, pairs, warm_up=True,
                           on_pair=on_pair)
@@ -110,7 +113,11 @@ def run(options: argparse.Namespace) -> int:
                    **report.as_dict()}
         content['skipped'] = [{'name': row.name, 'reason': row.reason}
                               for row in (*without_truth, *report.skipped)]
-        options.json.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+        try:
+            options.json.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+        except OSError as error:
+            raise CommandError(f'--json {options.json} cannot be written: {error.strerror}') \
+                from error
         print(f'numbers: {options.json}')
     if options.pictures is not None:
         print(f'pictures: {options.pictures}')
@@ -186,6 +193,8 @@ def _check_writable(options: argparse.Namespace) -> None:
     """Find out before the work, not after it, that its results cannot be written."""
     if options.json is not None and not options.json.resolve().parent.is_dir():
         raise CommandError(f'--json {options.json}: its folder does not exist')
+    if options.json is not None and options.json.is_dir():
+        raise CommandError(f'--json {options.json} is a folder; expected a file')
     if options.pictures is not None and options.pictures.exists() \
             and not options.pictures.is_dir():
         raise CommandError(f'--pictures {options.pictures} is a file; expected a folder')

@@ -53,7 +53,9 @@ def run(options: argparse.Namespace) -> int:
     from flow_ros.training.recipe import check_recipe, read_recipe
     from flow_ros.training.trainer import Trainer
 
-    if options.threads:
+    if options.threads is not None:
+        if options.threads < 1:
+            raise CommandError(f'--threads must be at least 1; seen {options.threads}')
         torch.set_num_threads(options.threads)
     changes: dict[str, Any] = {name: getattr(options, name) for name in
                                ('minutes', 'steps', 'precision', 'accumulate')

@@ -87,6 +87,18 @@ def test_everything_it_writes(data: Path, weights: Path, tmp_path: Path,
     assert read_image(pictures / 'set' / 'one.png').shape == (96, 5 * 128, 3)
 
 
+def test_what_cannot_be_written_costs_no_numbers(
+        data: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / 'pictures').mkdir()
+    (tmp_path / 'pictures' / 'set').write_text('in the way')
+    assert main(['evaluate', '--data', str(data), '--weights', str(weights), '--iterations', '1',
+                 '--json', '/dev/full', '--pictures', str(tmp_path / 'pictures')]) == 2
+    shown = capsys.readouterr()
+    assert 'set/one.png cannot be written: ' in shown.err
+    assert '--json /dev/full cannot be written: No space left on device' in shown.err
+    assert 'dis_medium' in shown.out
+
+
 def test_the_numbers_are_those_of_the_network(data: Path, weights: Path,
                                               tmp_path: Path) -> None:
     assert main(['evaluate', '--data', str(data), '--weights', str(weights), '--iterations',
@@ -158,6 +170,7 @@ def test_a_damaged_pair_is_said_and_counts_in_the_status(
     (['--weights', 'none.safetensors'], r'needs trained weights.*none\.safetensors'),
     (['--network', 'fast'], r"--network: unknown network 'fast'; known are dip_rt"),
     (['--json', 'no/such/folder/a.json'], r'its folder does not exist'),
+    (['--json', '.'], r'--json \. is a folder; expected a file'),
     (['--data', 'nowhere'], r'expected a folder of pairs; seen nothing'),
     (['--runtime', 'openvino', '--device', 'cpu'], r'--device is for --runtime torch'),
     (['--device', 'warp'], r'--device warp: '),
