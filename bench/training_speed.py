@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 from flow_ros.training.procedural import Procedural
 from flow_ros.training.recipe import read_recipe, Recipe, Stage, Validation
+from flow_ros.training.sample_loading import PROCEDURAL
 from flow_ros.training.trainer import Progress, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +66,11 @@ def main() -> None:
         default = 'dip_rt_gpu' if device.type == 'cuda' else 'dip_rt'
         path = options.recipe or ROOT / 'config' / 'train' / f'{default}.yaml'
         recipe = replace(read_recipe(path), validation=Validation(pairs=0))
+        if any(share.name != PROCEDURAL for share in recipe.data):
+            parser.error(f'{path} trains on data sets; expected a recipe of the world alone')
+        if options.steps < recipe.reuse:
+            parser.error(f'--steps must be at least {recipe.reuse}, in which one new scene is '
+                         f'rendered; seen {options.steps}')
         for stage in recipe.stages:
             if stage.until == recipe.stages[-1].until or stage.largest_motion_px is None:
                 lines.append(row(recipe, stage, device, options.steps, path.stem))
