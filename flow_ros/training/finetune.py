@@ -163,12 +163,12 @@ class FineTuner:
         with self._interruptible():
             lessons = self._teach()
             losses, steps = self._learn(lessons, began)
-        minutes = (time.monotonic() - began) / 60
-        comparisons = self._compare()
+            minutes, interrupted = (time.monotonic() - began) / 60, self._stop
+            comparisons = self._compare()  # here too a single Ctrl-C must not lose the weights
         verdict, reason = judge(comparisons)
         return Result(
             verdict=verdict, reason=reason, comparisons=comparisons, steps=steps,
-            lessons=len(lessons), minutes=minutes, interrupted=self._stop, losses=losses,
+            lessons=len(lessons), minutes=minutes, interrupted=interrupted, losses=losses,
             trusted=float(np.mean([float(lesson.trusted.float().mean()) for lesson in lessons])))
 
     def _teach(self) -> list[Lesson]:
@@ -315,15 +315,19 @@ def compare(before: FlowNetwork, after: FlowNetwork, frame1: NDArray[np.uint8],
 def judge(comparisons: tuple[Comparison, ...]) -> tuple[str, str]:
     """Return the verdict and why: by the photometric error and by consistency.
 
-    A change counts if it is larger than twice its standard error over the held-out pairs and
-    than what matters: 0.3 % of the photometric error, which is mostly noise that no flow explains,
-    or 1 % of the pixels.
+    A change counts if it is larger than its 95 % confidence interval over the held-out pairs
+    (Student's: two pairs say next to nothing) and than what matters: 0.3 % of the photometric
+    error, which is mostly noise that no flow explains, or 1 % of the pixels. It helped if one
+    of them fell or rose so, the other does not speak against it (flow that is zero everywhere
+    agrees with itself), and the robot moved: frames of a still one say nothing of motion.
     """
     def change(value: Callable[[Measures], float]) -> tuple[float, float]:
-        """Return the mean change, and twice its standard error."""
+        """Return the mean change, and half its 95 % confidence interval."""
         changes = np.array([value(row.after) - value(row.before) for row in comparisons])
-        return (float(changes.mean()),
-                2 * float(changes.std(ddof=1)) / len(changes) ** 0.5 if len(changes) > 1 else 0.0)
+        if len(changes) < 2:
+            return float(changes.mean()), math.inf
+        return float(changes.mean()), (_student(len(changes) - 1) * float(changes.std(ddof=1))
+                                       / len(changes) ** 0.5)
 
     before = float(np.mean([row.before.census for row in comparisons]))
     error, error_noise = change(lambda measures: measures.census)
@@ -334,14 +338,21 @@ def judge(comparisons: tuple[Comparison, ...]) -> tuple[str, str]:
             f'(changes under {100 * matters / max(before, 1e-9):.1f} % are noise), '
             f'consistent pixels {100 * agreement:+.1f} points (under {100 * counts:.1f}: noise)')
     speed = float(np.mean([row.before.speed_px for row in comparisons]))
-    if speed < STILL_PX:
+    still = speed < STILL_PX
+    if still:
         told += (f'; mean speed {speed:.2f} px per frame, so hardly anything moves: record it '
-                 f'moving')
-    if error > matters or agreement < -counts:
+                 f'moving, to the end, which is what is measured on')
+    if not (error <= matters and agreement >= -counts):  # NaN is worse, too
         return 'made it worse', told
-    if error < -matters or agreement > counts:
-        return 'helped', told
-    return 'made no difference', told
+    better = ((error < -matters and agreement >= -LEAST_CONSISTENCY)
+              or (agreement > counts and error <= LEAST_GAIN * before))
+    return 'helped' if better and not still else 'made no difference', told
+
+
+def _student(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's distribution, within 1 %."""
+    few = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+    return few[freedom - 1] if freedom <= len(few) else 1.96 + 2.7 / freedom
 
 
 def _schedule(share: float, warmup: float) -> float:

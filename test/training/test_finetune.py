@@ -19,6 +19,7 @@ import os
 from pathlib import Path
 import signal
 import threading
+from typing import Any
 
 import cv2
 import numpy as np
@@ -26,6 +27,7 @@ import pytest
 import torch
 
 from flow_ros.networks import create
+from flow_ros.training import finetune
 from flow_ros.training.finetune import (
     Comparison,
     FinetuneConfig,
@@ -125,11 +127,17 @@ def rows(census: list[float], consistent: list[float]) -> tuple[Comparison, ...]
 
 
 @pytest.mark.parametrize(('census', 'consistent', 'verdict'), [
-    ([0.38, 0.37, 0.39], [0.9, 0.9, 0.91], 'helped'),
-    ([0.4, 0.4, 0.4], [0.95, 0.94, 0.95], 'helped'),
+    ([0.38, 0.37, 0.38, 0.39], [0.9, 0.9, 0.9, 0.91], 'helped'),
+    ([0.4, 0.4, 0.4, 0.4], [0.95, 0.94, 0.95, 0.95], 'helped'),
+    ([0.38, 0.37], [0.9, 0.9], 'made no difference'),  # two pairs: may well be chance
+    ([0.38], [0.95], 'made no difference'),
+    # What agrees with itself alone, as flow of zero does, or what fits alone, is no help.
+    ([0.4, 0.45, 0.38, 0.42], [0.95, 0.94, 0.95, 0.95], 'made no difference'),
+    ([0.38, 0.37, 0.38, 0.39], [0.8, 0.98, 0.75, 0.9], 'made no difference'),
+    ([float('nan'), 0.3, 0.3, 0.3], [0.9, 0.9, 0.9, 0.9], 'made it worse'),
     ([0.3999, 0.4001, 0.4], [0.9, 0.9, 0.9], 'made no difference'),
     ([0.3, 0.4, 0.48], [0.9, 0.9, 0.9], 'made no difference'),  # better and worse: noise
-    ([0.42, 0.43, 0.42], [0.9, 0.9, 0.9], 'made it worse'),
+    ([0.42, 0.43, 0.42, 0.42], [0.9, 0.9, 0.9, 0.9], 'made it worse'),
     ([0.38, 0.37, 0.39], [0.8, 0.82, 0.81], 'made it worse'),  # fits, but inconsistently
 ])
 def test_verdict(census: list[float], consistent: list[float], verdict: str) -> None:
@@ -144,3 +152,24 @@ def test_a_robot_that_stands_still_is_told_to_move() -> None:
     assert verdict == 'made no difference'
     assert 'record it moving' in reason
     assert 'moving' not in judge(rows([0.4, 0.4], [0.9, 0.9]))[1]
+    # Even where the numbers rise: what was measured says nothing of motion.
+    better = Measures(0.38, 1.0, 0.0, 0.9, 0.05)
+    verdict, reason = judge(tuple(Comparison(index, still, better) for index in range(9)))
+    assert verdict == 'made no difference'
+    assert '-5.0 %' in reason
+
+
+def test_ctrl_c_while_measuring_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure = finetune.compare
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr(finetune, 'compare', measure)  # once
+        return measure(*arguments)
+
+    monkeypatch.setattr(finetune, 'compare', interrupted)
+    tuner = FineTuner(create('dip_rt', 'default'), moving_recording(10), progress=False,
+                      config=FinetuneConfig(steps=1, batch=1, teacher_iterations=1))
+    result = tuner.run()
+    assert len(result.comparisons) == 2
+    assert not result.interrupted  # the learning was complete
