@@ -67,8 +67,11 @@ def random_crop(batch: Batch, crop: tuple[int, int], random: Generator) -> Batch
     flow = cut(batch.flow)
     # Where the flow is not known, neither is whether it leaves.
     gone = ~inside(flow) & torch.isfinite(flow).all(dim=1, keepdim=True)
-    return _each(batch, cut, flow,
-                 None if batch.occlusion is None else cut(batch.occlusion) | gone)
+    cropped = _each(batch, cut, flow,
+                    None if batch.occlusion is None else cut(batch.occlusion) | gone)
+    if cropped.occlusion_known is None:
+        return cropped
+    return replace(cropped, occlusion_known=cropped.occlusion_known | gone)
 
 
 def flip(batch: Batch, random: Generator) -> Batch:
@@ -89,9 +92,10 @@ def flip(batch: Batch, random: Generator) -> Batch:
 def _each(batch: Batch, change: Callable[[Tensor], Tensor], flow: Tensor,
           occlusion: Tensor | None) -> Batch:
     """Return the batch with ``change`` done to every image and the truth given."""
+    previous, known = batch.previous, batch.occlusion_known
     return Batch(image1=change(batch.image1), image2=change(batch.image2), flow=flow,
-                 occlusion=occlusion,
-                 previous=None if batch.previous is None else change(batch.previous))
+                 occlusion=occlusion, previous=None if previous is None else change(previous),
+                 occlusion_known=None if known is None else change(known))
 
 
 def degraded_prior(flow: Tensor, random: Generator) -> Tensor:

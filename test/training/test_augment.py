@@ -71,6 +71,23 @@ def test_what_leaves_the_crop_is_occluded(batch: Batch) -> None:
     assert bool(cropped.occlusion[outside].all())
 
 
+def test_where_the_occlusion_is_known_goes_with_the_pixels(batch: Batch) -> None:
+    known = torch.zeros_like(batch.occlusion)
+    known[..., ::2] = True
+    random = Generator().manual_seed(1)
+    changed = flip(random_crop(replace(batch, occlusion_known=known), (32, 32), random), random)
+    plain = random_crop(batch, (32, 32), Generator().manual_seed(1))
+    assert changed.occlusion_known is not None
+    x, y = (torch.arange(32).view(1, -1) + plain.flow[:, 0],
+            torch.arange(32).view(-1, 1) + plain.flow[:, 1])
+    leaves = ((x < 0) | (x > 31) | (y < 0) | (y > 31))[:, None]
+    assert bool(leaves.any())
+    # Every second column, and what is known to leave.
+    columns = int(changed.occlusion_known.sum())
+    assert columns == int((leaves | (torch.arange(32) % 2 == 0)).sum()) or \
+        columns == int((leaves | (torch.arange(32) % 2 == 1)).sum())
+
+
 def test_the_camera_changes_colours_only(batch: Batch) -> None:
     random = Generator().manual_seed(0)
     changed = augment(batch, (96, 128), random, replace(CLEAN, light=1))
