@@ -120,7 +120,10 @@ def load_weights(network: FlowNetwork, path: Path) -> None:
 
 def save(network: FlowNetwork, path: Path, *, metadata: Mapping[str, str] | None = None,
          half: bool = False) -> None:
-    """Write the weights of ``network`` as safetensors, with its name in the metadata."""
+    """Write the weights of ``network`` as safetensors, with its name in the metadata.
+
+    Raises OSError where they cannot be written; a file that was there is then still whole.
+    """
     tensors = {key: value.detach().cpu().contiguous()
                for key, value in network.state_dict().items()}
     if half:
@@ -128,7 +131,11 @@ def save(network: FlowNetwork, path: Path, *, metadata: Mapping[str, str] | None
                    for key, value in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + '.part')
-    save_file(tensors, temporary, metadata={**(metadata or {}), 'network': network.name})
+    try:
+        save_file(tensors, temporary, metadata={**(metadata or {}), 'network': network.name})
+    except SafetensorError as error:  # a full disk, for one
+        temporary.unlink(missing_ok=True)
+        raise OSError(str(error)) from error
     temporary.chmod(0o644)  # safetensors writes for the owner alone
     temporary.replace(path)
 

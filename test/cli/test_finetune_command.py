@@ -15,6 +15,7 @@
 """``flow_ros finetune`` on real folders, videos and bags."""
 
 from pathlib import Path
+import resource
 
 import cv2
 import numpy as np
@@ -145,6 +146,21 @@ def test_a_file_is_no_folder_to_write_into(tmp_path: Path,
                                            capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / 'file').write_text('')
     assert '--out' in refused(['--source', 'x', '--out', str(tmp_path / 'file')], capsys)
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / 'frames')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # no file may grow larger
+    try:
+        told = refused(['--source', str(folder), '--out', str(tmp_path / 'out'), '--steps', '1',
+                        '--device', 'cpu'], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f'{tmp_path / "out"} cannot be written' in told
+    assert 'make room' in told
+    assert not list((tmp_path / 'out').iterdir())
 
 
 def test_labelled_data_goes_to_the_trainer(tmp_path: Path,
