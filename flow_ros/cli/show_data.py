@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
 
     if options.rows < 1:
         raise CommandError(f'--rows must be at least 1; seen {options.rows}')
+    if options.first < 0:
+        raise CommandError(f'--first must be at least 0; seen {options.first}')
     try:
         recipe = read_recipe(options.recipe)
     except (OSError, ValueError) as error:
@@ -67,7 +69,10 @@ def run(options: argparse.Namespace) -> int:
                           ['frame 1', 'frame 2', 'frame 3', f'flow 1 to 2, {longest:.0f} px',
                            'occluded'], height=192))
     width = min(row.shape[1] for row in rows)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_image(options.out, np.vstack([row[:, :width] for row in rows]))
+    try:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_image(options.out, np.vstack([row[:, :width] for row in rows]))
+    except (OSError, ValueError) as error:
+        raise CommandError(f'--out {options.out}: {error}') from error
     print(options.out)
     return 0
