@@ -133,6 +133,10 @@ class Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """Read ``path``; raises ValueError naming a field that is unknown or out of range."""
+    if not path.is_file():
+        raise ValueError(f'{path} is no file: expected a recipe; those of flow_ros are in '
+                         f'config/train of its source and in share/flow_ros/config/train of an '
+                         f'installation')
     try:
         values = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

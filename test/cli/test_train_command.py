@@ -142,7 +142,7 @@ def test_training_begins_with_given_weights(tmp_path: Path, recipe: Path) -> Non
 def test_an_unreadable_recipe_is_one_clear_error(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(['train', '--recipe', str(tmp_path / 'none.yaml')]) == 2
-    assert 'none.yaml' in capsys.readouterr().err
+    assert 'none.yaml is no file: expected a recipe' in capsys.readouterr().err
     (tmp_path / 'bad.yaml').write_text('minuets: 3')
     assert main(['train', '--recipe', str(tmp_path / 'bad.yaml')]) == 2
     assert 'unknown fields minuets' in capsys.readouterr().err
