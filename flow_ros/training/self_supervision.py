@@ -24,7 +24,8 @@ The student sees crops with other light, colour and noise, takes fewer iteration
  - the pseudo truth (DIP's sequence loss: distillation, IOFPL section 3.4),
  - to make the frames agree where they can: census loss on the clean frames, visible pixels
    only, the whole second frame in reach of the crop (as in SMURF), and edge-aware smoothness,
- - the teacher's confidence and occlusion, so that the calibration is kept.
+ - the teacher's confidence, so far as its own flow is the teacher's, and occlusion: so that the
+   calibration is kept.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from torch.nn import functional
 from flow_ros.networks.base import FlowNetwork
 from flow_ros.networks.dip import DIP
 from flow_ros.networks.dip_rt import DipRt, error_probability
-from flow_ros.ops.sampling import warp
+from flow_ros.ops.sampling import inside, warp
 from flow_ros.synthetic.camera import CameraConfig, develop
 from flow_ros.training.augment import Batch, degraded_prior
 from flow_ros.training.distillation import pseudo_truth
@@ -182,6 +183,7 @@ class LessonBatch:
 
     ``seen.flow`` is the pseudo truth, NaN where not trusted. ``clean1`` (B, 3, h, w) is a crop,
     ``clean2`` (B, 3, H, W) whole; sample i's crop begins at ``offsets[i]`` (x, y) of it.
+    ``occlusion`` is 1 where the point leaves the crop, for the student sees no more of it.
     """
 
     seen: Batch
@@ -222,11 +224,14 @@ def make_batch(lessons: Sequence[Lesson], crop: tuple[int, int], random: Generat
     flow = stacked['flow']
     truth = torch.where(stacked['trusted'], flow, torch.nan)
     image1, image2 = develop([clean1, stacked['image2'].float()], STUDENT_CAMERA, random)
-    seen = Batch(image1, image2, truth, ~stacked['visible'])
+    gone = ~inside(flow)
+    seen = Batch(image1, image2, truth, ~stacked['visible'] | gone)
+    occlusion = stacked.get('occlusion')
     return LessonBatch(seen=seen, flow=flow, clean1=clean1, clean2=clean2,
                        offsets=torch.tensor(offsets, dtype=torch.float32, device=device),
                        visible=stacked['visible'], confidence=stacked.get('confidence'),
-                       occlusion=stacked.get('occlusion'))
+                       occlusion=(None if occlusion is None
+                                  else torch.where(gone, 1.0, occlusion)))
 
 
 @dataclass(frozen=True)
@@ -260,6 +265,27 @@ def predict(network: FlowNetwork, image1: Tensor, image2: Tensor, *, iterations:
     raise ValueError(f'fine-tuning knows dip_rt and dip; seen {network.name!r}')
 
 
+def confidence_loss(confidence: Tensor, flow: Tensor, taught_confidence: Tensor,
+                    taught_flow: Tensor) -> Tensor:
+    """Return the cross entropy of the student's confidence, of the points that stay in the crop.
+
+    Where the student's flow is the teacher's, by max(3 px, 5 %), it is right as often as the
+    teacher, with the probability c; where it is another, no more often than the teacher is
+    wrong: min(c, 1 - c). The teacher saw the whole clean frames and took more iterations: to
+    be as sure as it is would spoil the calibration.
+    """
+    def length(vectors: Tensor) -> Tensor:
+        return torch.hypot(vectors[:, :1], vectors[:, 1:])
+
+    sure = taught_confidence.clamp(0, 1)
+    same = length(flow.detach() - taught_flow) < (0.05 * length(taught_flow)).clamp(min=3.0)
+    target = torch.where(same, sure, torch.minimum(sure, 1 - sure))
+    stays = inside(taught_flow)
+    entropy = functional.binary_cross_entropy(confidence.clamp(1e-4, 1 - 1e-4), target,
+                                              reduction='none')
+    return (entropy * stays).sum() / stays.sum().clamp(min=1)
+
+
 def student_loss(network: FlowNetwork, batch: LessonBatch, random: Generator,
                  weights: LossWeights, *, most_iterations: int) -> dict[str, Tensor]:
     """Return the parts of the student's loss, each with its weight in it."""
@@ -280,8 +306,8 @@ def student_loss(network: FlowNetwork, batch: LessonBatch, random: Generator,
                                                batch.visible, offset=batch.offsets),
         'smoothness': weights.smoothness * smoothness_loss(seen.flow, batch.clean1, order=2)}
     if seen.confidence is not None and batch.confidence is not None:
-        parts['confidence'] = weights.confidence * functional.binary_cross_entropy(
-            seen.confidence.clamp(1e-4, 1 - 1e-4), batch.confidence.clamp(0, 1))
+        parts['confidence'] = weights.confidence * confidence_loss(
+            seen.confidence, seen.flow, batch.confidence, batch.flow)
     if seen.occlusion_logit is not None and batch.occlusion is not None:
         parts['occlusion'] = weights.occlusion * occlusion_loss(seen.occlusion_logit,
                                                                 batch.occlusion.clamp(0, 1))

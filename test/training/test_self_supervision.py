@@ -23,6 +23,7 @@ from torch import Generator
 from flow_ros.networks import create
 from flow_ros.ops.sampling import pixel_grid, sample
 from flow_ros.training.self_supervision import (
+    confidence_loss,
     Lesson,
     LossWeights,
     make_batch,
@@ -113,6 +114,38 @@ def test_what_is_not_trusted_teaches_nothing() -> None:
     assert float(parts['distillation'].detach()) == 0
     assert float(parts['census'].detach()) > 0
     assert 'confidence' not in parts
+
+
+def test_points_that_leave_the_crop_are_occluded() -> None:
+    still = lesson(constant(-6.0, 0.0))
+    seen = torch.zeros(1, 80, 112)
+    knows = Lesson(still.image1, still.image2, still.flow, still.trusted, still.visible,
+                   seen + 0.9, seen)
+    batch = make_batch([knows], (64, 64), Generator().manual_seed(4), CPU)
+    assert batch.occlusion is not None
+    x = torch.arange(64) + batch.flow[:, :1]
+    leaves = (x < 0) | (x > 63)
+    assert int(leaves.sum()) == 64 * 6
+    assert torch.equal(batch.occlusion == 1, leaves)
+    assert batch.seen.occlusion is not None
+    assert torch.equal(batch.seen.occlusion, leaves)
+
+
+def test_the_student_is_as_sure_as_its_teacher_only_where_it_agrees() -> None:
+    taught = constant(2.5, -1.5)[None]
+    sure = torch.full((1, 1, 80, 112), 0.9)
+
+    def loss(confidence: float, flow: torch.Tensor) -> float:
+        return float(confidence_loss(torch.full_like(sure, confidence), flow, sure, taught))
+
+    assert loss(0.9, taught + 1) < min(loss(0.85, taught + 1), loss(0.95, taught + 1))
+    assert loss(0.1, taught + 9) < min(loss(0.05, taught + 9), loss(0.9, taught + 9))
+    # What leaves the crop (2.5 px to the right, 1.5 px up) counts for nothing.
+    at_border, within = sure.clone(), sure.clone()
+    at_border[..., -2:], within[..., 40] = 0.01, 0.01
+    assert float(confidence_loss(at_border, taught, sure, taught)) == pytest.approx(
+        loss(0.9, taught))
+    assert float(confidence_loss(within, taught, sure, taught)) > loss(0.9, taught) + 0.01
 
 
 @pytest.mark.parametrize('warm', [0.0, 1.0])
