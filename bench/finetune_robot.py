@@ -147,8 +147,9 @@ def run(robot: Robot, folder: Path, options: argparse.Namespace) -> None:
                 calibration.add(estimate.confidence, estimate.flow, flow)
         mean = mean_metrics(rows)
         end = f'{report["verdict"]} | {seconds:.0f}' if name == 'after' else ' | '
+        sure = '' if np.isnan(calibration.error) else f'{calibration.error:.3f}'  # DIS is not
         print(f'| {robot.name} | {name} | {mean["epe"]:.3f} | {mean["epe_noc"]:.3f} | '
-              f'{mean["fl_all"]:.2f} | {mean["outliers_1px"]:.2f} | {calibration.error:.3f} | '
+              f'{mean["fl_all"]:.2f} | {mean["outliers_1px"]:.2f} | {sure} | '
               f'{end} |', flush=True)
 
 

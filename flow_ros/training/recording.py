@@ -50,7 +50,8 @@ class Recording:
     """Frames by index, as PNG (which loses nothing) in at most ``limit_mb`` of memory.
 
     Where a recording is longer than that, only every 4th pair of neighbours is kept, then every
-    8th, and so on: what is kept still goes from the beginning to the end.
+    8th, and so on: what is kept still goes from the beginning to the end. Of few frames that
+    are larger than that all are kept: with less there is nothing to train on.
     """
 
     def __init__(self, *, limit_mb: float = 512.0) -> None:

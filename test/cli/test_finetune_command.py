@@ -14,6 +14,8 @@
 
 """``flow_ros finetune`` on real folders, videos and bags."""
 
+import argparse
+from dataclasses import replace
 from pathlib import Path
 import resource
 
@@ -24,8 +26,11 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from rosbags.typesys import get_typestore, Stores
 import torch
 
+from flow_ros.cli import finetune
 from flow_ros.cli.main import main
+from flow_ros.flow_io import write_flow, write_image
 from flow_ros.networks import create
+from flow_ros.training.recipe import read_recipe, recipe_text, Stage
 
 COUNT = 11
 
@@ -163,6 +168,23 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path,
     assert not list((tmp_path / 'out').iterdir())
 
 
+@pytest.fixture
+def small_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the command make its recipe for labelled data at a size for tests."""
+    gentle = finetune._gentle_recipe
+
+    def small(options: argparse.Namespace) -> str:
+        (tmp_path / 'gentle.yaml').write_text(gentle(options))
+        recipe = read_recipe(tmp_path / 'gentle.yaml')
+        return recipe_text(replace(
+            recipe, workers=0, stages=(Stage(1.0, 2, (72, 88), (64, 80)),),
+            world=replace(recipe.world, surfaces=3, bank_objects=4, largest_motion_px=8.0),
+            validation=replace(recipe.validation, pairs=0)))
+
+    monkeypatch.setattr(finetune, '_gentle_recipe', small)
+
+
+@pytest.mark.usefixtures('small_recipe')
 def test_labelled_data_goes_to_the_trainer(tmp_path: Path,
                                            capsys: pytest.CaptureFixture[str]) -> None:
     # A folder that is no KITTI: the trainer's reader says what it expected.
@@ -173,3 +195,25 @@ def test_labelled_data_goes_to_the_trainer(tmp_path: Path,
     recipe = (tmp_path / 'out' / 'recipe.yaml').read_text()
     assert 'kitti2015' in recipe
     assert 'procedural' in recipe
+
+
+@pytest.mark.usefixtures('small_recipe')
+def test_labelled_data_are_trained_on_from_the_given_weights(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    training = tmp_path / 'kitti' / 'training'
+    for name in ('image_2', 'flow_occ', 'flow_noc'):
+        (training / name).mkdir(parents=True)
+    for time in (10, 11):
+        write_image(training / 'image_2' / f'000000_{time}.png', frame(time))
+    flow = np.tile(np.float32([-2, 0]), (64, 80, 1))
+    for name in ('flow_occ', 'flow_noc'):
+        write_flow(training / name / '000000_10.png', flow)
+    out = tmp_path / 'out'
+    assert main(['finetune', '--data', f'kitti2015:{training.parent}', '--out', str(out),
+                 '--steps', '2', '--device', 'cpu', '--threads', '1']) == 0
+    assert str(out / 'weights.safetensors') in capsys.readouterr().out
+    before = create('dip_rt', 'default').state_dict()
+    after = create('dip_rt', out / 'weights.safetensors').state_dict()
+    steps = [float((after[key] - value).abs().max()) for key, value in before.items()
+             if key.endswith('weight')]
+    assert 0 < max(steps) < 0.01  # from those weights, and gently
