@@ -37,6 +37,7 @@ from flow_ros.training.sample_loading import (
     Drawn,
     Loader,
     PROCEDURAL,
+    signals_held,
     Source,
     start_process,
 )
@@ -178,8 +179,9 @@ class DataSets:
 
     @staticmethod
     def _submit(pool: ProcessPoolExecutor, key: _Key) -> list['Future[Drawn]']:
-        return [pool.submit(draw_in_process, key.seed, place, key.crop)
-                for place in range(key.count)]
+        with signals_held():  # to submit starts processes
+            return [pool.submit(draw_in_process, key.seed, place, key.crop)
+                    for place in range(key.count)]
 
     def _stack(self, drawn: list[Drawn]) -> Batch:
         for each in drawn:

@@ -14,8 +14,10 @@
 
 """Draws, reads and augments samples; imports no torch, so that loader processes start fast."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 import os
 import signal
@@ -32,6 +34,7 @@ PROCEDURAL = 'procedural'
 """The name of the share that is no data set, but the procedural world."""
 ATTEMPTS = 20
 """Draws for one place in a batch until its data count as lost."""
+_ENDINGS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -114,14 +117,29 @@ class _Process:
     loader: Loader
 
 
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold back what ends a process: one that is started meanwhile holds it back as well.
+
+    So a signal to the whole group does not end a process that cannot ignore it yet.
+    """
+    resource_tracker.ensure_running()  # which would let signals through when it is started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_process(sources: Sequence[Source], parent: Connection) -> None:
     """Make the loader of this process, which is to use one core and to end with its parent.
 
     The parent holds the other end of the pipe ``parent``. Signals are its to answer: they reach
     the whole group (Ctrl-C, ``timeout``, torchrun, systemd), and its last step needs data.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _ENDINGS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
     cv2.setNumThreads(1)
 
     def follow() -> None:

@@ -267,7 +267,6 @@ def test_processes_leave_sigterm_to_their_parent_and_end_when_one_is_killed(
         assert ours
         for process in ours:
             process.terminate()
-        time.sleep(0.1)
         assert torch.equal(data.batch(0, STAGE, random_of(0)).flow.nan_to_num(),
                            expected.flow.nan_to_num())
         ours[0].kill()
