@@ -81,22 +81,6 @@ class Clip:
     ego: EgoMotion | None = None
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """A batch: images RGB 0..255 (B, 3, H, W), flow px (B, 2, H, W), occlusion bool (B, 1, ...).
-
-    ``forward`` goes from ``image1`` to ``image2`` on the grid of ``image1``; ``backward`` the
-    other way, on the grid of ``image2``.
-    """
-
-    image1: Tensor
-    image2: Tensor
-    forward: Tensor
-    backward: Tensor
-    occluded_forward: Tensor
-    occluded_backward: Tensor
-
-
 class World:
     """Draws batches of scenes on ``device``; see the module's docstring."""
 
@@ -182,15 +166,6 @@ class World:
                         occlusion_between(backward[t], seen[t + 1].layer, seen[t].layer)
                         for t in steps),
                     depth=depth or None, ego=scene.ego)
-
-    def pairs(self, index: int, *, batch: int, size: tuple[int, int],
-              largest_motion_px: float | None = None) -> Pairs:
-        """Render batch ``index`` of two-frame scenes with both flows and occlusions."""
-        clip = self.clip(index, batch=batch, size=size, frames=2,
-                         largest_motion_px=largest_motion_px)
-        return Pairs(image1=clip.images[0], image2=clip.images[1], forward=clip.forward[0],
-                     backward=clip.backward[0], occluded_forward=clip.occluded_forward[0],
-                     occluded_backward=clip.occluded_backward[0])
 
     def _waves(self, random: np.random.Generator, batch: int, layers: int,
                size: tuple[int, int]) -> Waves:

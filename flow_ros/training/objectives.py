@@ -40,9 +40,6 @@ from flow_ros.training.losses import (
 )
 from flow_ros.training.recipe import Recipe
 
-WARM_LIMIT_PX = 64.0
-"""A prior with more motion is refined at 1/16 first, as DIP-RT does it."""
-
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
@@ -77,7 +74,8 @@ class DipRtObjective:
         if _chance(recipe.warm, random):
             prior = warm_prior(network, batch, random, real=recipe.warm_real,
                                autocast=self.autocast)
-            if float(prior.abs().amax(dim=(1, 2, 3)).median()) < WARM_LIMIT_PX:
+            longest = float(prior.abs().amax(dim=(1, 2, 3)).median())
+            if longest < network.config.warm_level_px:
                 steps16 = 0
             steps8 = _between(1, 3, random)
         elif _chance(0.04, random):

@@ -54,8 +54,6 @@ from flow_ros.training.unsupervised import (
     visible_by_consistency,
 )
 
-WARM_LIMIT_PX = 64.0
-
 STUDENT_CAMERA = CameraConfig(motion_blur=0, rolling_shutter=0, light=0.8, defocus=0.2,
                               vignetting=0.15, dirt=0.03, rain=0.02, bayer=0, noise=0.4,
                               grey=0.1, jpeg=0.15)
@@ -248,8 +246,8 @@ def predict(network: FlowNetwork, image1: Tensor, image2: Tensor, *, iterations:
             prior: Tensor | None) -> Seen:
     """Run ``network`` with gradients, from ``prior`` (B, 2, H, W) px where there is one."""
     if isinstance(network, DipRt):
-        slow = prior is not None and float(prior.abs().amax(dim=(1, 2, 3)).median()
-                                           ) < WARM_LIMIT_PX
+        slow = prior is not None and (float(prior.abs().amax(dim=(1, 2, 3)).median())
+                                      < network.config.warm_level_px)
         raw = network.predictions(image1, image2, steps16=0 if slow else iterations,
                                   steps8=iterations, prior_flow=prior)
         flow = raw.flow.float()

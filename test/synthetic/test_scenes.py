@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flow_ros.ops.sampling import warp
 from flow_ros.synthetic.scenes import flow_between, occlusion_between, render, Scene, Waves
-from flow_ros.synthetic.world import Pairs, World, WorldConfig
+from flow_ros.synthetic.world import Clip, World, WorldConfig
 
 torch.set_num_threads(1)
 SMALL = WorldConfig(surfaces=6, bank_objects=8, largest_motion_px=20)
@@ -116,39 +116,41 @@ def test_a_rolling_shutter_sees_every_row_at_its_own_time() -> None:
     assert torch.allclose(flow[:, 1, 20:40], torch.tensor(6 / (1 - 6 * 0.5 / 64)), atol=0.02)
 
 
-def visible_error(pairs: Pairs) -> tuple[float, float]:
-    error = (warp(pairs.image2, pairs.forward) - pairs.image1).abs().mean(dim=1, keepdim=True)
-    still = (pairs.image2 - pairs.image1).abs().mean(dim=1, keepdim=True)
-    seen = ~pairs.occluded_forward
+def visible_error(clip: Clip) -> tuple[float, float]:
+    image1, image2 = clip.images
+    error = (warp(image2, clip.forward[0]) - image1).abs().mean(dim=1, keepdim=True)
+    still = (image2 - image1).abs().mean(dim=1, keepdim=True)
+    seen = ~clip.occluded_forward[0]
     return float(error[seen].median()), float(still[seen].median())
 
 
 def test_random_scenes_agree_with_their_flow(world: World) -> None:
     for index in range(4):
-        error, still = visible_error(world.pairs(index, batch=2, size=(192, 256)))
+        error, still = visible_error(world.clip(index, batch=2, size=(192, 256), frames=2))
         assert error < 0.5 * still  # what is left is resampling, most on ground seen aslant
 
 
 def test_forward_and_backward_are_inverse_where_visible(world: World) -> None:
     for index in range(3):
-        pairs = world.pairs(index, batch=2, size=(96, 128))
-        back = warp(pairs.backward, pairs.forward)
-        length = torch.hypot(*(pairs.forward + back).unbind(dim=1))[:, None]
-        assert float(length[~pairs.occluded_forward].median()) < 0.05
+        clip = world.clip(index, batch=2, size=(96, 128), frames=2)
+        back = warp(clip.backward[0], clip.forward[0])
+        length = torch.hypot(*(clip.forward[0] + back).unbind(dim=1))[:, None]
+        assert float(length[~clip.occluded_forward[0]].median()) < 0.05
 
 
 def test_the_same_seed_gives_the_same_pairs(world: World) -> None:
     again = World(seed=5, config=SMALL)
     other = World(seed=6, config=SMALL)
-    one, two, three = (each.pairs(3, batch=2, size=(64, 64)) for each in (world, again, other))
-    assert torch.equal(one.image1, two.image1)
-    assert torch.equal(one.forward, two.forward)
-    assert not torch.equal(one.image1, three.image1)
+    one, two, three = (each.clip(3, batch=2, size=(64, 64), frames=2)
+                       for each in (world, again, other))
+    assert torch.equal(one.images[0], two.images[0])
+    assert torch.equal(one.forward[0], two.forward[0])
+    assert not torch.equal(one.images[0], three.images[0])
 
 
 def test_motion_reaches_far_and_is_often_small() -> None:
     far = World(seed=5, config=WorldConfig(surfaces=6, bank_objects=8))
-    lengths = torch.cat([torch.hypot(*far.pairs(index, batch=4, size=(96, 128))
-                                     .forward.unbind(dim=1)).flatten() for index in range(12)])
+    lengths = torch.cat([torch.hypot(*far.clip(index, batch=4, size=(96, 128), frames=2)
+                                     .forward[0].unbind(dim=1)).flatten() for index in range(12)])
     assert float(lengths.quantile(0.1)) < 3
     assert float(lengths.quantile(0.98)) > 40

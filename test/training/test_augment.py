@@ -37,8 +37,8 @@ torch.set_num_threads(1)
 @pytest.fixture(scope='module')
 def batch() -> Batch:
     config = WorldConfig(surfaces=4, bank_objects=6, largest_motion_px=12, driving=0)
-    pairs = World(seed=2, config=config).pairs(1, batch=2, size=(96, 128))
-    return Batch(pairs.image1, pairs.image2, pairs.forward, pairs.occluded_forward)
+    clip = World(seed=2, config=config).clip(1, batch=2, size=(96, 128), frames=2)
+    return Batch(*clip.images, clip.forward[0], clip.occluded_forward[0])
 
 
 def visible_error(batch: Batch) -> Tensor:
