@@ -93,13 +93,15 @@ class FlowOutput:
 class FlowNetwork(nn.Module):
     """Base of all flow networks; see the module's docstring.
 
-    Sub-classes set ``name``, ``default_iterations`` (per level) and ``engines`` (the names
-    that ``call`` may be given), and implement the four acts.
+    Sub-classes set ``name``, ``default_iterations`` (per level; of networks that visit each
+    level once, the number of levels), ``engines`` (the names that ``call`` may be given) and
+    ``accepts_prior`` (False: there is no warm start), and implement the four acts.
     """
 
     name: str = ''
     default_iterations: int = 1
     engines: tuple[str, ...] = ('encode', 'step', 'finish')
+    accepts_prior: bool = True
 
     def engine(self, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the engine function ``name`` in torch; the default of every ``call``."""

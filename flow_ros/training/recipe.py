@@ -83,6 +83,8 @@ class Recipe:
     network: str = 'dip_rt'
     options: dict[str, Any] = field(default_factory=dict)
     """The network's own, as ``flow_ros.networks.create`` takes them."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """What the network's objective alone knows: the fields of its configuration."""
     seed: int = 0
     minutes: float = 60.0
     """The schedule's length in wall-clock minutes; the run ends with it, complete."""
@@ -143,7 +145,7 @@ def read_recipe(path: Path) -> Recipe:
         raise ValueError(f'{path} is not YAML: {" ".join(str(error).split())}') from error
     if isinstance(values, dict) and values.get('steps') and values.get('minutes'):
         raise ValueError(f'{path}: the schedule goes by minutes or by steps; give one of them')
-    recipe: Recipe = _make(Recipe, values, str(path))
+    recipe: Recipe = make_config(Recipe, values, str(path))
     check_recipe(recipe, str(path))
     return recipe
 
@@ -159,7 +161,7 @@ def recipe_text(recipe: Recipe) -> str:
 def changed_fields(text: str, recipe: Recipe) -> list[str]:
     """Return in which fields ``recipe`` is not that of ``recipe_text``'s ``text``."""
     try:
-        before, now = (_make(Recipe, yaml.safe_load(each), 'recipe')
+        before, now = (make_config(Recipe, yaml.safe_load(each), 'recipe')
                        for each in (text, recipe_text(recipe)))
     except ValueError:  # of another version
         return ['some fields']
@@ -212,7 +214,7 @@ def check_recipe(recipe: Recipe, where: str) -> None:
                 f'crop {crop} does not fit into {render}')
 
 
-def _make(kind: type[Any], values: Any, where: str) -> Any:
+def make_config(kind: type[Any], values: Any, where: str) -> Any:
     """Make a dataclass from a mapping; raises ValueError naming what is wrong ``where``."""
     if not isinstance(values, dict):
         raise ValueError(f'{where} must hold a mapping of fields; seen {values!r}')
@@ -236,7 +238,7 @@ def _value(value: Any, kind: Any, key: str, where: str) -> Any:
         return None
     kind = next(one for one in kinds if one is not type(None))
     if is_dataclass(kind):
-        return _make(kind, value, f'{where}, {key}')  # type: ignore[arg-type]
+        return make_config(kind, value, f'{where}, {key}')  # type: ignore[arg-type]
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
             raise ValueError(f'{where}: {key} must be a list; seen {value!r}')
