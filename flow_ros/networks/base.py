@@ -23,7 +23,7 @@ written once, whatever executes the tensors.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, MISSING, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,20 @@ class FlowNetwork(nn.Module):
     default_iterations: int = 1
     engines: tuple[str, ...] = ('encode', 'step', 'finish')
     accepts_prior: bool = True
+
+    def options(self) -> dict[str, Any]:
+        """Return the fields of ``config`` (a dataclass) that differ from their defaults.
+
+        JSON knows all of them but tuples, which come back as lists: ``networks.create`` takes
+        both.
+        """
+        config: Any = getattr(self, 'config', None)
+        if config is None:
+            return {}
+        defaults = {field.name: (field.default if field.default_factory is MISSING
+                                 else field.default_factory()) for field in fields(config)}
+        return {name: getattr(config, name) for name, default in defaults.items()
+                if getattr(config, name) != default}
 
     def engine(self, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the engine function ``name`` in torch; the default of every ``call``."""

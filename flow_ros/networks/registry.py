@@ -15,6 +15,7 @@
 """Makes networks by name and loads their weights strictly."""
 
 from collections.abc import Callable, Mapping
+import json
 import os
 from pathlib import Path
 import pickle
@@ -43,7 +44,18 @@ def _dip(**options: Any) -> FlowNetwork:
     return DIP(DIPConfig(**options))
 
 
-_MAKERS: Mapping[str, Callable[..., FlowNetwork]] = {'dip_rt': _dip_rt, 'dip': _dip}
+def _hd3(**options: Any) -> FlowNetwork:
+    from flow_ros.networks.hd3 import HD3, HD3Config
+    return HD3(HD3Config(**options))
+
+
+def _mscsl(**options: Any) -> FlowNetwork:
+    from flow_ros.networks.mscsl import MSCSL, MSCSLConfig
+    return MSCSL(MSCSLConfig(**options))
+
+
+_MAKERS: Mapping[str, Callable[..., FlowNetwork]] = {
+    'dip_rt': _dip_rt, 'dip': _dip, 'hd3': _hd3, 'mscsl': _mscsl}
 
 
 def names() -> tuple[str, ...]:
@@ -120,7 +132,7 @@ def load_weights(network: FlowNetwork, path: Path) -> None:
 
 def save(network: FlowNetwork, path: Path, *, metadata: Mapping[str, str] | None = None,
          half: bool = False) -> None:
-    """Write the weights of ``network`` as safetensors, with its name in the metadata.
+    """Write the weights of ``network`` as safetensors, with its name and options in the metadata.
 
     Raises OSError where they cannot be written; a file that was there is then still whole.
     """
@@ -132,7 +144,9 @@ def save(network: FlowNetwork, path: Path, *, metadata: Mapping[str, str] | None
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + '.part')
     try:
-        save_file(tensors, temporary, metadata={**(metadata or {}), 'network': network.name})
+        save_file(tensors, temporary, metadata={
+            **(metadata or {}), 'network': network.name,
+            'options': json.dumps(network.options(), sort_keys=True)})
     except SafetensorError as error:  # a full disk, for one
         temporary.unlink(missing_ok=True)
         raise OSError(str(error)) from error

@@ -88,7 +88,8 @@ class Validation:
                 _measure(rows, f'cold_{iterations}', flow, batch.flow)
                 if iterations == config.iterations[len(config.iterations) // 2]:
                     pictures += _pictures(batch, flow)
-            if config.warm_iterations and batch.previous is not None:
+            if (config.warm_iterations and network.accepts_prior
+                    and batch.previous is not None):
                 prior = stream_prior(network, batch.previous, batch.image1)
                 flow = _flow(network, a, b, config.warm_iterations, prior)
                 _measure(rows, f'warm_{config.warm_iterations}', flow, batch.flow)

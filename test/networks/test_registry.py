@@ -40,7 +40,7 @@ def test_saved_weights_come_back_as_they_were(tmp_path: Path) -> None:
     for key, value in network.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
     with safe_open(path, 'pt') as file:
-        assert file.metadata() == {'network': 'dip_rt', 'pairs': '7'}
+        assert file.metadata() == {'network': 'dip_rt', 'options': '{}', 'pairs': '7'}
 
 
 def test_half_precision_files_load_as_single_precision(tmp_path: Path) -> None:
