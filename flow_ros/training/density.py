@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flow_ros.ops.match_density import radius_of, splat
 from flow_ros.training.losses import max_pooled
 
 
@@ -56,7 +57,7 @@ def density_loss(logits: list[Tensor], vectors: list[Tensor], truth: Tensor, *,
     previous: Tensor | None = None
     for level_logits, vector in zip(logits, vectors):
         target = density_target(truth, previous, _size(level_logits), sparse=sparse,
-                                radius=(round(level_logits.shape[1] ** 0.5) - 1) // 2)
+                                radius=radius_of(level_logits.shape[1]))
         divergence = density_divergence(level_logits, target)
         if keep is None:
             loss = loss + divergence.mean()
@@ -95,17 +96,8 @@ def density_target(truth: Tensor, previous: Tensor | None, size: tuple[int, int]
         flow = flow - _resize(previous, size)
     residual = flow.nan_to_num(0.0) * (size[1] / truth.shape[-1])
     reached = (residual.abs() <= radius).all(dim=1, keepdim=True)
-    density = _splat(residual.clamp(-radius, radius), radius)
+    density = splat(residual, radius)
     return DensityTarget(density=density * valid, valid=valid, reached=reached)
-
-
-def _splat(residual: Tensor, radius: int) -> Tensor:
-    """(B, 2, h, w) -> (B, (2r+1)^2, h, w), bin (2r+1)(dy+r) + (dx+r): bilinear weights."""
-    bins = torch.arange(-radius, radius + 1, device=residual.device, dtype=residual.dtype)
-    # The tent about each integer: 1 at it, 0 one px away.
-    tent = (1 - (residual[:, :, None] - bins[:, None, None]).abs()).clamp(min=0)
-    product = tent[:, 1, :, None] * tent[:, 0, None]  # (B, y, x, h, w)
-    return product.flatten(1, 2)
 
 
 def _resize(values: Tensor, size: tuple[int, int]) -> Tensor:
