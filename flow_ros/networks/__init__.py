@@ -23,15 +23,17 @@ from flow_ros.networks.base import (
                                     State,
                                     Step,
 )
+from flow_ros.networks.models import find_model, list_models, Model, WeightsError
 from flow_ros.networks.registry import (
                                     create,
                                     default_weights_path,
+                                    family_of,
+                                    known_names,
                                     load_weights,
                                     names,
                                     save,
-                                    WeightsError,
 )
 
-__all__ = ['Call', 'count_parameters', 'create', 'default_weights_path', 'Features',
-           'FlowNetwork', 'FlowOutput', 'load_weights', 'names', 'save', 'State', 'Step',
-           'WeightsError']
+__all__ = ['Call', 'count_parameters', 'create', 'default_weights_path', 'family_of',
+           'Features', 'find_model', 'FlowNetwork', 'FlowOutput', 'known_names', 'list_models',
+           'load_weights', 'Model', 'names', 'save', 'State', 'Step', 'WeightsError']

@@ -96,12 +96,16 @@ class FlowNetwork(nn.Module):
     Sub-classes set ``name``, ``default_iterations`` (per level; of networks that visit each
     level once, the number of levels), ``engines`` (the names that ``call`` may be given) and
     ``accepts_prior`` (False: there is no warm start), and implement the four acts.
+    ``budget_unit`` is what a budget counts, in words; ``free_options`` are the fields of the
+    configuration that may differ from those the weights were made with.
     """
 
     name: str = ''
     default_iterations: int = 1
     engines: tuple[str, ...] = ('encode', 'step', 'finish')
     accepts_prior: bool = True
+    budget_unit: str = 'iterations per level'
+    free_options: frozenset[str] = frozenset()
 
     def options(self) -> dict[str, Any]:
         """Return the fields of ``config`` (a dataclass) that differ from their defaults.
@@ -134,7 +138,7 @@ class FlowNetwork(nn.Module):
         """Return the state before the first step, with the schedule this pair deserves.
 
         ``prior_flow`` (B, 2, H, W), full-resolution px, makes a warm start; None a cold one.
-        ``iterations`` counts per level.
+        ``iterations`` counts per level; of networks that visit each level once, the levels.
         """
         raise NotImplementedError  # abstract
 

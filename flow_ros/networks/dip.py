@@ -264,6 +264,7 @@ class DIP(FlowNetwork):
 
     name = 'dip'
     default_iterations = 6
+    free_options = frozenset({'start_flow', 'warm_noise'})
     engines = ('encode', 'step', 'upsample')
 
     def __init__(self, config: DIPConfig = DIPConfig()) -> None:

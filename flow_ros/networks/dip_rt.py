@@ -235,6 +235,7 @@ class DipRt(FlowNetwork):
 
     name = 'dip_rt'
     default_iterations = 4
+    free_options = frozenset({'warm_level_px'})
     calibration: Tensor
 
     def __init__(self, config: DipRtConfig | None = None) -> None:

@@ -12,26 +12,33 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Makes networks by name and loads their weights strictly."""
+"""Makes networks by name and loads their weights strictly.
+
+A name is a family of networks (``names()``) or a model (``list_models()``): a weights file with
+a name, which knows its family and its options.
+"""
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 import json
-import os
 from pathlib import Path
-import pickle
-import sys
 from typing import Any
 
-from safetensors import safe_open, SafetensorError
-from safetensors.torch import load_file, save_file
-import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from flow_ros.networks.base import FlowNetwork
+from flow_ros.networks.models import (
+    find_model,
+    find_path,
+    list_models,
+    model_folders,
+    read_weights,
+    WeightsError,
+    WeightsFile,
+)
 
-
-class WeightsError(ValueError):
-    """A weights file is missing, damaged, or made for another network."""
+_BATCH_COUNTER = '.num_batches_tracked'
 
 
 def _dip_rt(**options: Any) -> FlowNetwork:
@@ -59,75 +66,72 @@ _MAKERS: Mapping[str, Callable[..., FlowNetwork]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all networks, the default first."""
+    """Return the names of all families of networks, the default first."""
     return tuple(_MAKERS)
 
 
-def create(name: str, weights: str | Path | None = None, **options: Any) -> FlowNetwork:
-    """Make the network ``name``, in eval mode.
+def known_names() -> tuple[str, ...]:
+    """Return every name that ``create`` takes: families, then models."""
+    return tuple(dict.fromkeys([*_MAKERS, *(model.name for model in list_models())]))
 
-    ``weights``: None for untrained ones, 'default' for the shipped ones, or a path to
-    safetensors or to a published checkpoint (``.pth``). ``options`` are the fields of the
-    network's configuration. Raises ValueError for an unknown name or option and WeightsError
-    for weights that cannot be used.
+
+def family_of(name: str) -> str:
+    """Return the family of ``name``, a family itself or a model; ValueError if it is neither."""
+    return _named(name)[0]
+
+
+def create(name: str, weights: str | Path | None = None, **options: Any) -> FlowNetwork:
+    """Make the network ``name``, a family or a model, in eval mode.
+
+    ``weights``: None for untrained ones, 'default' for those of the model (of a family: the
+    model of the same name), or a path to safetensors or to a published checkpoint (``.pth``).
+    ``options`` are the fields of the network's configuration. Those that a weights file was
+    made with are taken from it, and those of a model from the model; to ask for others is an
+    error, but for the network's ``free_options``. Raises ValueError for an unknown name or
+    option and WeightsError for weights that cannot be used.
     """
-    if name not in _MAKERS:
-        raise ValueError(f'unknown network {name!r}; known are {", ".join(_MAKERS)}')
-    try:
-        network = _MAKERS[name](**options)
-    except TypeError as error:
-        raise ValueError(f'network {name!r} does not take these options: {error}') from error
-    if weights is not None:
-        path = default_weights_path(name) if weights == 'default' else Path(weights)
-        load_weights(network, path)
+    family, named = _named(name)
+    given = {key: _tuples(value) for key, value in {**named, **options}.items()}
+    if weights is None:
+        return _make(name, family, given).eval()
+    path = default_weights_path(name) if weights == 'default' else Path(weights)
+    file = _read(path, name)
+    recorded = (None if file.options is None or file.family != family
+                else {key: _tuples(value) for key, value in file.options.items()})
+    network = _make(name, family, {**(recorded or {}), **given})
+    if recorded is not None:
+        _check_agreement(network, file, recorded, given)
+    _load(network, file)
     return network.eval()
 
 
 def default_weights_path(name: str) -> Path:
-    """Return where the shipped weights of ``name`` are.
+    """Return where the weights of the model or family ``name`` are.
 
-    Looked for in $FLOW_ROS_MODELS, beside the package (a source tree), and under
-    share/flow_ros/models of every prefix in $AMENT_PREFIX_PATH and of Python itself. Raises
-    WeightsError naming these folders where there are none.
+    Looked for in ``models.model_folders()``. Raises WeightsError naming these folders where
+    there are none.
     """
-    folders = [Path(__file__).resolve().parents[2] / 'models']
-    if os.environ.get('FLOW_ROS_MODELS'):
-        folders.insert(0, Path(os.environ['FLOW_ROS_MODELS']))
-    prefixes = [p for p in os.environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep) if p]
-    folders += [Path(prefix) / 'share/flow_ros/models' for prefix in [*prefixes, sys.prefix]]
-    for folder in folders:
-        path = folder / f'{name}.safetensors'
-        if path.is_file():
-            return path
-    looked = ', '.join(str(folder) for folder in folders)
-    raise WeightsError(f'no shipped weights for {name!r}: looked for {name}.safetensors in '
-                       f'{looked}. Give a file of your own as weights, choose another network, '
-                       f'or set FLOW_ROS_MODELS to the folder that holds it')
+    path = find_path(name)
+    if path is not None:
+        return path
+    others = [model.name for model in list_models() if model.family == name]
+    instead = f'use {" or ".join(others)}, which {"is" if len(others) == 1 else "are"} of this ' \
+              f'family, ' if others else 'choose another network, '
+    looked = ', '.join(str(folder) for folder in model_folders())
+    raise WeightsError(f'no weights for {name!r}: looked for {name}.safetensors in {looked}. '
+                       f'Give a file of your own as weights, import published ones with '
+                       f'`flow_ros import-weights FILE`, {instead}or set FLOW_ROS_MODELS to the '
+                       f'folder that holds it')
 
 
 def load_weights(network: FlowNetwork, path: Path) -> None:
     """Load ``path`` into ``network``, strictly: every key and shape must fit.
 
-    Raises WeightsError that names what was found and what was expected.
+    Only the counters of batch norms may be missing from a published checkpoint: PyTorch before
+    0.4.1 had none, and nothing that is computed here reads them. Raises WeightsError that
+    names what was found and what was expected.
     """
-    if not path.is_file():
-        raise WeightsError(f'weights file {path} does not exist: check the path, or use '
-                           f"'default' for the shipped weights of {network.name}")
-    tensors = _read(path)
-    expected = network.state_dict()
-    missing = [key for key in expected if key not in tensors]
-    foreign = [key for key in tensors if key not in expected]
-    misshapen = [f'{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}'
-                 for key, value in expected.items()
-                 if key in tensors and tensors[key].shape != value.shape]
-    if missing or foreign or misshapen:
-        raise WeightsError(
-            f'weights file {path} is not for {network.name}{_made_for(path)}: it holds '
-            f'{len(tensors)} tensors, {len(expected)} were expected; '
-            f'missing {_some(missing)}; not known {_some(foreign)}; other shapes '
-            f'{_some(misshapen)}. Choose the network the file was made for, or another file')
-    network.load_state_dict({key: value.to(expected[key].dtype)
-                             for key, value in tensors.items()})
+    _load(network, _read(path, network.name))
 
 
 def save(network: FlowNetwork, path: Path, *, metadata: Mapping[str, str] | None = None,
@@ -154,33 +158,74 @@ def save(network: FlowNetwork, path: Path, *, metadata: Mapping[str, str] | None
     temporary.replace(path)
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """Read safetensors, or a checkpoint of torch.save without running any code in it."""
+def _named(name: str) -> tuple[str, Mapping[str, Any]]:
+    """Return the family of ``name`` and the options of the model it names, {} of a family."""
+    if name in _MAKERS:
+        return name, {}
+    model = find_model(name)
+    if model is None:
+        raise ValueError(f'unknown network {name!r}; known are {", ".join(known_names())}')
+    if model.family not in _MAKERS:
+        raise WeightsError(f'model file {model.path} says it is for {model.family!r}, which is '
+                           f'none of the networks known: {", ".join(_MAKERS)}')
+    return model.family, model.options
+
+
+def _make(name: str, family: str, options: Mapping[str, Any]) -> FlowNetwork:
     try:
-        if path.suffix == '.safetensors':
-            return load_file(path)
-        loaded = torch.load(path, map_location='cpu', weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        # What torch says there advises to run the file's code.
-        why = ('it is no checkpoint, or holds more than tensors'
-               if isinstance(error, pickle.UnpicklingError) else error)
-        raise WeightsError(f'weights file {path} cannot be read: {why}. Expected safetensors '
-                           f'or a torch checkpoint of plain tensors; fetch it again') from error
-    if isinstance(loaded, dict) and isinstance(loaded.get('state_dict'), dict):
-        loaded = loaded['state_dict']
-    if not (isinstance(loaded, dict) and loaded
-            and all(isinstance(value, Tensor) for value in loaded.values())):
-        raise WeightsError(f'weights file {path} holds {type(loaded).__name__}, not a '
-                           f'state_dict of tensors: choose another file')
-    return {str(key).removeprefix('module.'): value for key, value in loaded.items()}
+        return _MAKERS[family](**options)
+    except TypeError as error:
+        raise ValueError(f'network {name!r} does not take these options: {error}') from error
 
 
-def _made_for(path: Path) -> str:
-    if path.suffix != '.safetensors':
-        return ''
-    with safe_open(path, 'pt') as file:
-        made_for = (file.metadata() or {}).get('network')
-    return f' (it says it is for {made_for})' if made_for else ''
+def _read(path: Path, name: str) -> WeightsFile:
+    if not path.is_file():
+        raise WeightsError(f'weights file {path} does not exist: check the path, or use '
+                           f"'default' for the shipped weights of {name}")
+    return read_weights(path)
+
+
+def _check_agreement(network: FlowNetwork, file: WeightsFile, recorded: Mapping[str, Any],
+                     given: Mapping[str, Any]) -> None:
+    """Refuse options that are not those the weights were made with."""
+    config: Any = network.config
+    defaults = {field.name: field.default for field in fields(config)}
+    for key, value in given.items():
+        made_with = recorded.get(key, defaults.get(key))
+        if value != made_with and key not in network.free_options:
+            raise WeightsError(f'weights file {file.path} was made with {key}={made_with!r}, but '
+                               f'{key}={value!r} was asked for: leave the option out, or choose '
+                               f'another file')
+
+
+def _load(network: FlowNetwork, file: WeightsFile) -> None:
+    expected = network.state_dict()
+    tensors = dict(file.tensors)
+    if file.published:
+        for key, value in expected.items():
+            if key.endswith(_BATCH_COUNTER):
+                tensors.setdefault(key, value)
+    missing = [key for key in expected if key not in tensors]
+    foreign = [key for key in tensors if key not in expected]
+    misshapen = [f'{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}'
+                 for key, value in expected.items()
+                 if key in tensors and tensors[key].shape != value.shape]
+    other = file.family not in (None, network.name)
+    if missing or foreign or misshapen or other:
+        says = 'its keys are those of' if file.published else 'it says it is for'
+        made_for = f' ({says} {file.family})' if other else ''
+        raise WeightsError(
+            f'weights file {file.path} is not for {network.name}{made_for}: it holds '
+            f'{len(file.tensors)} tensors, {len(expected)} were expected; '
+            f'missing {_some(missing)}; not known {_some(foreign)}; other shapes '
+            f'{_some(misshapen)}. Choose the network the file was made for, or another file')
+    network.load_state_dict({key: value.to(expected[key].dtype)
+                             for key, value in tensors.items()})
+
+
+def _tuples(value: Any) -> Any:
+    """Return ``value`` with the lists of JSON and YAML as the tuples they are in a config."""
+    return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
 
 
 def _some(values: list[str]) -> str:
