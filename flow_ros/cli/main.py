@@ -30,6 +30,7 @@ VERBS: Mapping[str, str] = {
     'evaluate': 'measure a network against ground truth, beside DIS and zero flow',
     'train': 'train or fine-tune a network',
     'finetune': "adapt a network to one's own robot, from a recording without labels",
+    'import-weights': 'make a model of a published checkpoint of DIP or HD3',
     'show-data': 'look at the training data: pictures of pairs with flow and occlusion',
 }
 EXIT_USAGE = 2

@@ -31,9 +31,10 @@ from flow_ros.networks.registry import (
                                     known_names,
                                     load_weights,
                                     names,
+                                    parameters_of,
                                     save,
 )
 
 __all__ = ['Call', 'count_parameters', 'create', 'default_weights_path', 'family_of',
            'Features', 'find_model', 'FlowNetwork', 'FlowOutput', 'known_names', 'list_models',
-           'load_weights', 'Model', 'names', 'save', 'State', 'Step', 'WeightsError']
+           'load_weights', 'Model', 'names', 'parameters_of', 'save', 'State', 'Step', 'WeightsError']

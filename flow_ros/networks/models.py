@@ -70,7 +70,7 @@ class WeightsFile:
     family: str | None = None
     options: Mapping[str, Any] | None = None
     published: bool = False
-    """A checkpoint of torch.save; False: safetensors."""
+    """Told by its keys alone: not written by flow_ros."""
 
 
 def user_folder() -> Path:
@@ -153,7 +153,8 @@ def read_weights(path: Path) -> WeightsFile:
     """
     if path.suffix == SUFFIX:
         family, options = _metadata(path)
-        return WeightsFile(path, _tensors(path), family, options)
+        if family is not None:
+            return WeightsFile(path, _tensors(path), family, options)
     tensors = without_prefix(_tensors(path))
     known = recognise(tensors)
     if known is None:

@@ -27,11 +27,12 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from flow_ros.networks.base import FlowNetwork
+from flow_ros.networks.base import count_parameters, FlowNetwork
 from flow_ros.networks.models import (
     find_model,
     find_path,
     list_models,
+    Model,
     model_folders,
     read_weights,
     WeightsError,
@@ -78,6 +79,11 @@ def known_names() -> tuple[str, ...]:
 def family_of(name: str) -> str:
     """Return the family of ``name``, a family itself or a model; ValueError if it is neither."""
     return _named(name)[0]
+
+
+def parameters_of(model: Model) -> int:
+    """Return how many parameters the network of ``model`` has."""
+    return count_parameters(create(model.name))
 
 
 def create(name: str, weights: str | Path | None = None, **options: Any) -> FlowNetwork:

@@ -20,7 +20,18 @@ import pytest
 from safetensors import safe_open
 import torch
 
-from flow_ros.networks import create, default_weights_path, names, save, WeightsError
+from flow_ros.networks import (
+    create,
+    default_weights_path,
+    family_of,
+    find_model,
+    known_names,
+    list_models,
+    names,
+    parameters_of,
+    save,
+    WeightsError,
+)
 
 torch.set_num_threads(1)
 
@@ -124,3 +135,80 @@ def test_unknown_names_and_options_are_named() -> None:
         create('raft')
     with pytest.raises(ValueError, match='does not take these options.*colour'):
         create('dip_rt', colour='blue')
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of models, the first that is looked in."""
+    monkeypatch.setenv('FLOW_ROS_MODELS', str(tmp_path / 'models'))
+    monkeypatch.setenv('XDG_DATA_HOME', str(tmp_path / 'data'))
+    torch.manual_seed(4)
+    save(create('dip_rt', radius=2, hidden=32), tmp_path / 'models' / 'tiny.safetensors')
+    (tmp_path / 'models' / 'tiny.md').write_text('# tiny')
+    return tmp_path / 'models'
+
+
+def test_a_model_is_a_network_by_name(models: Path) -> None:
+    made = create('tiny', 'default')
+    assert (made.name, made.options()) == ('dip_rt', {'hidden': 32, 'radius': 2})
+    assert family_of('tiny') == family_of('dip_rt') == 'dip_rt'
+    untrained = create('tiny')
+    assert untrained.options() == made.options()
+    model = find_model('tiny')
+    assert model is not None
+    assert (model.family, model.card) == ('dip_rt', models / 'tiny.md')
+    assert 'tiny' in known_names() and 'tiny' not in names()
+    assert model in list_models()
+    assert parameters_of(model) == sum(value.numel() for value in made.parameters())
+
+
+def test_a_file_knows_the_options_it_was_made_with(models: Path) -> None:
+    path = models / 'tiny.safetensors'
+    assert create('dip_rt', path).options() == {'hidden': 32, 'radius': 2}
+    assert create('dip_rt', path, radius=2, warm_level_px=9.0).options() == {
+        'hidden': 32, 'radius': 2, 'warm_level_px': 9.0}
+    with pytest.raises(WeightsError, match='made with radius=2, but radius=4 was asked for'):
+        create('dip_rt', path, radius=4)
+    with pytest.raises(WeightsError, match='made with seeds=4, but seeds=8 was asked for'):
+        create('tiny', 'default', seeds=8)
+    save(create('dip_rt'), models / 'whole.safetensors')
+    with pytest.raises(WeightsError, match='made with .*, but .* was asked for'):
+        create('tiny', models / 'whole.safetensors')
+
+
+def test_options_come_back_from_json_as_they_were(tmp_path: Path) -> None:
+    made = create('dip_rt', widths=[16, 24, 40, 48])
+    save(made, tmp_path / 'w.safetensors')
+    loaded = create('dip_rt', tmp_path / 'w.safetensors')
+    assert loaded.config == made.config
+    assert loaded.config.widths == (16, 24, 40, 48)
+
+
+def test_files_that_are_no_models_are_left_out_of_the_list_and_named_when_asked_for(
+        models: Path) -> None:
+    from safetensors.torch import save_file
+    (models / 'broken.safetensors').write_bytes(b'nothing')
+    save_file({'a': torch.zeros(1)}, models / 'nameless.safetensors')
+    save_file({'a': torch.zeros(1)}, models / 'strange.safetensors', {'network': 'raft'})
+    save_file({'a': torch.zeros(1)}, models / 'odd.safetensors',
+              {'network': 'dip_rt', 'options': '[1]'})
+    listed = {model.name for model in list_models()}
+    assert 'tiny' in listed and not listed & {'broken', 'nameless', 'odd'}
+    for name, words in (('broken', 'cannot be read'), ('nameless', 'does not say for which'),
+                        ('strange', "for 'raft', which is none of the networks known"),
+                        ('odd', 'expected a JSON object')):
+        with pytest.raises(WeightsError, match=words):
+            create(name, 'default')
+
+
+@pytest.mark.parametrize('name', ['../models/tiny', 'models/tiny', '/tiny', '.tiny', ''])
+def test_a_name_is_no_path(models: Path, name: str) -> None:
+    with pytest.raises(ValueError, match='unknown network'):
+        create(name, 'default')
+
+
+def test_a_family_without_weights_names_the_models_it_has(models: Path) -> None:
+    save(create('hd3', encoder='vgg', context=False), models / 'hd3_small.safetensors')
+    with pytest.raises(WeightsError, match=(
+            r"no weights for 'hd3'.*flow_ros import-weights FILE.*use .*hd3_small.*of this fam")):
+        create('hd3', 'default')
