@@ -101,14 +101,15 @@ def sampled_cost_volume(a: Tensor, b: Tensor, flow: Tensor, radius: int,
     part_x = (x - left).reshape(-1, 1)  # (N, 1) for N = B * H * W
     part_y = (y - upper).reshape(-1, 1)
     before, behind = 2 * radius + 1, 2 * radius + 2
-    padded = functional.pad(b.to(flow.dtype), (before, behind, before, behind))
+    # In the features' own type: most of the time goes into moving them.
+    padded = functional.pad(b, (before, behind, before, behind))
     padded = padded.permute(0, 2, 3, 1)  # (B, H + 4r + 3, W + 4r + 3, C)
     down, across = padded.shape[1], padded.shape[2]
     rows = padded.reshape(-1, channels)
     first = torch.arange(batch, device=a.device)[:, None, None] * (down * across)
     first = first + (upper + (before - radius)) * across + (left + (before - radius))
     first = first.reshape(-1, 1) + torch.arange(side, device=a.device)  # (N, side)
-    own = a.to(flow.dtype).permute(0, 2, 3, 1).reshape(-1, channels)  # (N, C)
+    own = a.permute(0, 2, 3, 1).reshape(-1, channels)  # (N, C)
     compare = _dot_rows if measure == 'dot' else _sad_rows
     planes = compare(own, rows, first, across, part_x, part_y)
     return planes.view(batch, height, width, (side - 1) ** 2).permute(0, 3, 1, 2)

@@ -33,6 +33,7 @@ class Batch:
     None where the data do not know it. ``previous`` is the frame before ``image1``, as far
     from it in time as ``image2``, where there is one: a warm start comes from there.
     ``occlusion_known`` (B, 1, H, W) bool says where ``occlusion`` counts; None: everywhere.
+    ``flow_back`` (B, 2, H, W) px is the truth from ``image2`` to ``image1``, where it is known.
     """
 
     image1: Tensor
@@ -41,6 +42,7 @@ class Batch:
     occlusion: Tensor | None
     previous: Tensor | None = None
     occlusion_known: Tensor | None = None
+    flow_back: Tensor | None = None
 
 
 def augment(batch: Batch, crop: tuple[int, int], random: Generator,
@@ -67,7 +69,7 @@ def random_crop(batch: Batch, crop: tuple[int, int], random: Generator) -> Batch
     flow = cut(batch.flow)
     # Where the flow is not known, neither is whether it leaves.
     gone = ~inside(flow) & torch.isfinite(flow).all(dim=1, keepdim=True)
-    cropped = _each(batch, cut, flow,
+    cropped = _each(batch, cut, cut,
                     None if batch.occlusion is None else cut(batch.occlusion) | gone)
     if cropped.occlusion_known is None:
         return cropped
@@ -84,18 +86,23 @@ def flip(batch: Batch, random: Generator) -> Batch:
             def mirror(values: Tensor, dim: int = dim) -> Tensor:
                 return values.flip(dim)
 
-            batch = _each(batch, mirror, mirror(batch.flow) * sign[None, :, None, None],
+            def mirror_flow(flow: Tensor, dim: int = dim, sign: Tensor = sign) -> Tensor:
+                return flow.flip(dim) * sign[None, :, None, None]
+
+            batch = _each(batch, mirror, mirror_flow,
                           None if batch.occlusion is None else mirror(batch.occlusion))
     return batch
 
 
-def _each(batch: Batch, change: Callable[[Tensor], Tensor], flow: Tensor,
-          occlusion: Tensor | None) -> Batch:
-    """Return the batch with ``change`` done to every image and the truth given."""
-    previous, known = batch.previous, batch.occlusion_known
-    return Batch(image1=change(batch.image1), image2=change(batch.image2), flow=flow,
-                 occlusion=occlusion, previous=None if previous is None else change(previous),
-                 occlusion_known=None if known is None else change(known))
+def _each(batch: Batch, change: Callable[[Tensor], Tensor],
+          change_flow: Callable[[Tensor], Tensor], occlusion: Tensor | None) -> Batch:
+    """Return the batch with ``change`` done to every image, and the occlusion given."""
+    previous, known, back = batch.previous, batch.occlusion_known, batch.flow_back
+    return Batch(image1=change(batch.image1), image2=change(batch.image2),
+                 flow=change_flow(batch.flow), occlusion=occlusion,
+                 previous=None if previous is None else change(previous),
+                 occlusion_known=None if known is None else change(known),
+                 flow_back=None if back is None else change_flow(back))
 
 
 def degraded_prior(flow: Tensor, random: Generator) -> Tensor:

@@ -43,7 +43,8 @@ class DensityTarget:
 
 
 def density_loss(logits: list[Tensor], vectors: list[Tensor], truth: Tensor, *,
-                 sparse: bool = False, keep: float | None = None) -> Tensor:
+                 sparse: bool = False, keep: float | None = None,
+                 prior: Tensor | None = None) -> Tensor:
     """Return HD3's equation 9: the sum over the levels of mean KL(p_gt || p).
 
     KL = sum over d of p_gt(d) (log p_gt(d) - log p(d)). ``logits`` (B, (2r+1)^2, h, w), coarse
@@ -52,9 +53,10 @@ def density_loss(logits: list[Tensor], vectors: list[Tensor], truth: Tensor, *,
     ``sparse`` says how the truth is brought to a level's size (see ``density_target``).
     ``keep``: IOFPL's loss max-pooling with this share, which also leaves out what is out of
     the search range; without it the mean is over all pixels, known or not, as the authors did.
+    ``prior`` (B, 2, h, w): what the first level started from, full-resolution px; None: zero.
     """
     loss = truth.new_zeros(())
-    previous: Tensor | None = None
+    previous = prior
     for level_logits, vector in zip(logits, vectors):
         target = density_target(truth, previous, _size(level_logits), sparse=sparse,
                                 radius=radius_of(level_logits.shape[1]))

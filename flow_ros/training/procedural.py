@@ -49,12 +49,14 @@ class Procedural:
         if bool(torch.rand(1, generator=random) < 0.5):
             batch = Batch(clip.images[first], clip.images[first + 1], clip.forward[first],
                           clip.occluded_forward[first],
-                          previous=clip.images[first - 1] if first > 0 else None)
+                          previous=clip.images[first - 1] if first > 0 else None,
+                          flow_back=clip.backward[first])
         else:  # as a film that runs backwards
             after = first + 2
             batch = Batch(clip.images[first + 1], clip.images[first], clip.backward[first],
                           clip.occluded_backward[first],
-                          previous=clip.images[after] if after < self.frames else None)
+                          previous=clip.images[after] if after < self.frames else None,
+                          flow_back=clip.forward[first])
         return augment(batch, stage.crop, random, self.world.config.camera)
 
     def _clip(self, index: int, stage: Stage) -> Clip:
