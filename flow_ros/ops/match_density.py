@@ -77,6 +77,7 @@ def splat(residual: Tensor, radius: int) -> Tensor:
 
 def radius_of(planes: int) -> int:
     """Return r of (2r+1)**2 planes. ValueError where there is none, or it is 0."""
+    planes = int(planes)  # while a network is traced it is a tensor
     side = round(planes ** 0.5)
     if side < 3 or side % 2 == 0 or side * side != planes:
         raise ValueError(f'a match density has (2r+1)**2 planes for a radius r of 1 or more (9, '
