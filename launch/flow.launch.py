@@ -32,10 +32,11 @@ FROM_FILE = '; empty: as in the parameters file'
 
 
 def choice(name: str) -> DeclareLaunchArgument:
-    """Return the argument for the parameter ``name``, with the parameter's own choices."""
+    """Return the argument for the parameter ``name``, with its own choices, if it has any."""
     parameter = find(name)
     text = parameter.description.rstrip('.').replace('`', '')
-    return DeclareLaunchArgument(name, default_value='', choices=['', *parameter.choices],
+    choices = ['', *parameter.choices] if parameter.choices else None
+    return DeclareLaunchArgument(name, default_value='', choices=choices,
                                  description=text + FROM_FILE)
 
 
@@ -61,7 +62,8 @@ def arguments() -> list[DeclareLaunchArgument]:
         choice('runtime'),
         choice('direction'),
         DeclareLaunchArgument('budget', default_value='',
-                              description="Iterations per level, 0: the network's default"
+                              description="Iterations per level (hd3: levels, mscsl: "
+                                          "scales), 0: the network's default"
                                           + FROM_FILE),
         DeclareLaunchArgument('weights', default_value='',
                               description='Path of a file of weights' + FROM_FILE),
@@ -86,8 +88,8 @@ def nodes(context: LaunchContext) -> list[Action]:
         try:
             overrides['iterations'] = int(given['budget'])
         except ValueError:
-            raise ValueError(f'budget is {given["budget"]!r}; expected a number of iterations '
-                             f'per level, such as budget:=2') from None
+            raise ValueError(f'budget is {given["budget"]!r}; expected a number of iterations, '
+                             f'levels or scales, such as budget:=2') from None
     camera_info = (given['camera_info']
                    or str(PurePosixPath(given['image']).with_name('camera_info')))
     remappings = [('image', given['image']), ('camera_info', camera_info)]

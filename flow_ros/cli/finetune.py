@@ -77,10 +77,15 @@ def run(options: argparse.Namespace) -> int:
     from flow_ros.training.finetune import FinetuneConfig, FineTuner
     from flow_ros.training.finetune_report import write_report
     from flow_ros.training.recording import Recording, RecordingError
+    from flow_ros.training.self_supervision import check_learner
 
     if options.threads:
         torch.set_num_threads(options.threads)
     network, started_from = _network(options)
+    try:
+        check_learner(network)
+    except ValueError as error:
+        raise CommandError(f'--network {options.network}: {error}') from error
     source = _source(options)
     config = replace(FinetuneConfig(), minutes=options.minutes, steps=options.steps,
                      seed=options.seed, lessons_mb=options.memory_mb)

@@ -64,10 +64,11 @@ def add_parser(subparsers: Any) -> None:
         'WIDTHxHEIGHT to scale frames to (default: as they come; 640x480 synthetic)'))
     parser.add_argument('--duration', type=float, default=0.0, help=(
         'end by itself so many seconds after the first flow (default: never)'))
-    parser.add_argument('--network', default='', help='network (default: dip_rt)')
+    parser.add_argument('--network', default='', help='network or model (default: dip_rt)')
     parser.add_argument('--weights', default='', help='weights file (default: those shipped)')
     parser.add_argument('--runtime', default='', help='auto, torch, openvino or tensorrt')
-    parser.add_argument('--iterations', type=int, default=0, help="budget (default: network's)")
+    parser.add_argument('--iterations', type=int, default=0, help=(
+        "budget: iterations per level, or levels (hd3), scales (mscsl) (default: network's)"))
     parser.add_argument('--direction', default='', help='forward, backward or both')
     parser.add_argument('--params-file', type=Path, help='more parameters of the flow node')
     parser.add_argument('--out', type=Path, default=Path('out/run'), help=(

@@ -37,4 +37,5 @@ from flow_ros.networks.registry import (
 
 __all__ = ['Call', 'count_parameters', 'create', 'default_weights_path', 'family_of',
            'Features', 'find_model', 'FlowNetwork', 'FlowOutput', 'known_names', 'list_models',
-           'load_weights', 'Model', 'names', 'parameters_of', 'save', 'State', 'Step', 'WeightsError']
+           'load_weights', 'Model', 'names', 'parameters_of', 'save', 'State', 'Step',
+           'WeightsError']

@@ -97,7 +97,8 @@ class FlowNetwork(nn.Module):
     level once, the number of levels), ``engines`` (the names that ``call`` may be given) and
     ``accepts_prior`` (False: there is no warm start), and implement the four acts.
     ``budget_unit`` is what a budget counts, in words; ``free_options`` are the fields of the
-    configuration that may differ from those the weights were made with.
+    configuration that may differ from those the weights were made with. Where
+    ``takes_calibration``, ``set_calibration`` moves the confidence.
     """
 
     name: str = ''
@@ -106,6 +107,7 @@ class FlowNetwork(nn.Module):
     accepts_prior: bool = True
     budget_unit: str = 'iterations per level'
     free_options: frozenset[str] = frozenset()
+    takes_calibration: bool = False
 
     def options(self) -> dict[str, Any]:
         """Return the fields of ``config`` (a dataclass) that differ from their defaults.
@@ -120,6 +122,10 @@ class FlowNetwork(nn.Module):
                                  else field.default_factory()) for field in fields(config)}
         return {name: getattr(config, name) for name, default in defaults.items()
                 if getattr(config, name) != default}
+
+    def set_calibration(self, scale: float, shift: float) -> None:
+        """Make the confidence sigmoid(scale logit(p) + shift) of the p computed; (1, 0) is p."""
+        raise NotImplementedError(f'{self.name} has no confidence that could be calibrated')
 
     def engine(self, name: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the engine function ``name`` in torch; the default of every ``call``."""

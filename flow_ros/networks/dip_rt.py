@@ -236,6 +236,7 @@ class DipRt(FlowNetwork):
     name = 'dip_rt'
     default_iterations = 4
     free_options = frozenset({'warm_level_px'})
+    takes_calibration = True
     calibration: Tensor
 
     def __init__(self, config: DipRtConfig | None = None) -> None:
@@ -250,6 +251,10 @@ class DipRt(FlowNetwork):
         self.quality = nn.Conv2d(64, 3, 1)
         # Fitted after training on held-out scenes: calibrated = sigmoid(a logit(p) + b).
         self.register_buffer('calibration', torch.tensor([1.0, 0.0]))
+
+    def set_calibration(self, scale: float, shift: float) -> None:
+        """Keep the calibration in the buffer, which is part of the weights."""
+        self.calibration.copy_(self.calibration.new_tensor([scale, shift]))
 
     def encode(self, image: Tensor, *, call: Call | None = None) -> Features:
         """Return the features of ``image`` (B, 3, H, W), float RGB 0..255."""

@@ -37,7 +37,7 @@ need both directions: twice the cost of everything but the encoder.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import math
 from typing import cast
 
@@ -491,6 +491,9 @@ class HD3(FlowNetwork):
 
     name = 'hd3'
     default_iterations = len(LEVELS)
+    budget_unit = 'levels'
+    free_options = frozenset({'stop_gradients', 'calibration'})
+    takes_calibration = True
     engines = ('encode', 'step0', 'step1', 'step2', 'step3', 'step4')
 
     def __init__(self, config: HD3Config = HD3Config()) -> None:
@@ -523,6 +526,10 @@ class HD3(FlowNetwork):
                 nn.init.normal_(module.weight, 0.0, 0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    def set_calibration(self, scale: float, shift: float) -> None:
+        """Keep the calibration in the configuration, which is saved with the weights."""
+        self.config = replace(self.config, calibration=(scale, shift))
 
     # Engine functions: plain tensors in, a tuple of plain tensors out.
 
@@ -585,8 +592,10 @@ class HD3(FlowNetwork):
             other = torch.cat(flow.chunk(2)[::-1])
             inputs.append(flow_cues(flow, other).to(kind))
         # (N, 81 + features + 81 + 2 + cues, h, w); at level 0 cost and cues alone
-        logits, *rest = self.get_submodule(f'Decoder_{level}')(
-            torch.cat(inputs, dim=1) if len(inputs) > 1 else inputs[0])
+        # In one memory layout, or each convolution that reads the result changes it again.
+        joined = torch.cat([each.contiguous(memory_format=torch.channels_last)
+                            for each in inputs], dim=1)
+        logits, *rest = self.get_submodule(f'Decoder_{level}')(joined)
         residual, probability = density_to_vector(logits.float())
         return (flow + residual, probability, logits, *rest)
 

@@ -71,8 +71,10 @@ class Parameter:
 
 
 PARAMETERS: tuple[Parameter, ...] = (
-    Parameter('network', 'dip_rt', 'The network.', choices=('dip_rt', 'dip'), read_only=True),
-    Parameter('weights', 'default', 'Its weights: `default` (those shipped with flow_ros) or the '
+    Parameter('network', 'dip_rt', 'The network: `dip_rt`, `dip`, `hd3`, `mscsl`, or the name of '
+              'a model, shipped (`hd3_compact`) or imported with `flow_ros import-weights`.',
+              read_only=True),
+    Parameter('weights', 'default', 'Its weights: `default` (those of the model) or the '
               'path of a file (safetensors, or a published checkpoint).', read_only=True),
     Parameter('runtime', 'auto', 'Where the network runs; `auto` takes the fastest there is.',
               choices=('auto', 'torch', 'openvino', 'tensorrt'), read_only=True),
@@ -81,8 +83,9 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter('device', '', "Device, in the runtime's own words (`cpu`, `cuda:0`); empty: the "
               "runtime's choice.", read_only=True),
     Parameter('threads', 0, "CPU threads; 0: the runtime's choice.", 0, 1024, 1, read_only=True),
-    Parameter('iterations', 0, "The budget: iterations per level; 0: the network's default. "
-              'Fewer are faster, more are more exact.', 0, 100, 1),
+    Parameter('iterations', 0, "The budget: iterations per level of dip_rt and dip, levels "
+              "of hd3 (5), scales of mscsl (4); 0: the network's default. Fewer are faster, more "
+              'are more exact.', 0, 100, 1),
     Parameter('direction', 'forward', '`forward`: from the previous frame to this one, on the '
               "previous frame's grid and with its header; `backward`: from this frame to the "
               'previous one, on this frame; `both`: forward, and backward under `~/backward/`.',

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 class Budget:
     """A limit on the steps of each pair.
 
-    ``iterations`` counts per level; None is the network's own default.
+    ``iterations`` counts per level; for networks that visit each level once (HD3's levels,
+    MSCSL's scales) it is how many of them, coarse to fine, and more than there are means all.
+    None is the network's own default.
     """
 
     iterations: int | None = None
@@ -34,5 +36,5 @@ class Budget:
             raise ValueError(f'iterations must be a whole number or None (the default of the '
                              f'network); seen {self.iterations!r}')
         if self.iterations < 1:
-            raise ValueError(f'iterations must be at least 1 per level, or None (the default '
+            raise ValueError(f'iterations must be at least 1, or None (the default '
                              f'of the network); seen {self.iterations}')

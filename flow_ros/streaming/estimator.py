@@ -90,6 +90,7 @@ class FlowEstimator:
 
     Each frame is encoded once. The flow is carried to the next pair (``warm_start``), but for
     one that does not explain the frames it leads between: after a scene cut the start is cold.
+    It always is for networks that take no prior flow.
     """
 
     def __init__(self, *, network: str | FlowNetwork = 'dip_rt',
@@ -174,20 +175,24 @@ class FlowEstimator:
     def prepare(self, height: int, width: int) -> None:
         """Run each engine once at this size, so that no frame waits for a compilation.
 
-        The stream is not touched. Takes seconds where engines are compiled.
+        Each different step of the network's own schedules is done once, and the output taken
+        after each, where a smaller budget would end. The stream is not touched. Takes seconds
+        where engines are compiled.
         """
         image = torch.zeros(1, 3, height, width, device=self.runtime.device)
-        # Between a cold start and one with a moderate prior, networks visit all their levels.
-        prior = torch.full((1, 2, height, width), 40.0, device=self.runtime.device)
+        priors: list[Tensor | None] = [None]
+        if self.network.accepts_prior:
+            # Between a cold start and one with a moderate prior, networks visit all levels.
+            priors.append(torch.full((1, 2, height, width), 40.0, device=self.runtime.device))
         call = self.runtime.call
         with self._lock, torch.inference_mode():
             features = self.network.encode(image, call=call)
-            for prior_flow in (None, prior):
-                state = self.network.start(features, features, prior_flow=prior_flow,
-                                           iterations=1, call=call)
+            for prior in priors:
+                state = self.network.start(features, features, prior_flow=prior, call=call)
+                state = replace(state, schedule=tuple(dict.fromkeys(state.schedule)))
                 while state.schedule:
                     state = self.network.step(state, call=call)
-                self.network.finish(state, call=call)
+                    self.network.finish(state, call=call)
 
     def __call__(self, frame: NDArray[np.uint8], stamp: float) -> FlowResult | None:
         """Return the flow between the last frame and this one, or None; see the class."""
@@ -260,6 +265,8 @@ class FlowEstimator:
         past: dict[str, _Past | None] = {}
         for way, estimate in completed.items():
             flow, (a, b) = estimate.output.flow, _ends(way, old, new)
+            if not self.network.accepts_prior:
+                continue  # nothing of it would be used
             past[way] = None
             if explains(flow, a.small, b.small):
                 samples = sample_flow(flow, cell=min(step.level for step in estimate.steps),
@@ -277,7 +284,9 @@ class FlowEstimator:
                   warm_start: bool, watch: Stopwatch) -> _Estimate:
         a, b = _ends(direction, old, new)
         prior, cold_reason = None, 'warm start off'
-        if warm_start:
+        if warm_start and not self.network.accepts_prior:
+            cold_reason = f'{self.network.name} takes no prior flow'
+        elif warm_start:
             prior, cold_reason = self._prior(direction, a, b)
             watch.lap('warm_start')
         network, call = self.network, self.runtime.call

@@ -20,30 +20,36 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
-from flow_ros.networks.dip_rt import DipRt, error_probability
+from flow_ros.networks.base import FlowNetwork
 from flow_ros.training.augment import Batch, degraded_prior
 
 
 @torch.no_grad()
-def calibrate(network: DipRt, batches: Iterable[Batch]) -> Tensor:
+def calibrate(network: FlowNetwork, batches: Iterable[Batch]) -> Tensor:
     """Return (a, b) such that sigmoid(a logit(p) + b) is the share of small errors at p.
 
-    A logistic regression of (error under max(3 px, 5 %)) on the logit of the mixture's
-    probability, over scenes that were not trained on, cold and warm, after 2 to 4 iterations.
+    A logistic regression of (error under max(3 px, 5 %)) on the logit of the confidence p that
+    ``network`` computes without a calibration, over scenes that were not trained on: every third
+    batch warm, where the network takes a prior, and after 2 to 4 iterations, where it
+    iterates. The network is left in eval mode and without a calibration.
     """
     network.eval()
+    network.set_calibration(1.0, 0.0)
+    iterates = network.budget_unit == FlowNetwork.budget_unit
     logits, small = [], []
     for index, batch in enumerate(batches):
-        count, warm = 2 + index % 3, index % 3 == 2
+        warm = index % 3 == 2 and network.accepts_prior
         prior = degraded_prior(batch.flow, Generator().manual_seed(index)) if warm else None
-        seen = network.predictions(batch.image1, batch.image2, steps16=0 if warm else count,
-                                   steps8=count, prior_flow=prior)
-        raw = error_probability(seen.flow, seen.error).clamp(1e-4, 1 - 1e-4)
-        length = torch.hypot(batch.flow[:, :1], batch.flow[:, 1:])
-        difference = seen.flow - batch.flow
-        error = torch.hypot(difference[:, :1], difference[:, 1:])
-        logits.append(torch.logit(raw).flatten()[::17])
-        small.append((error < (0.05 * length).clamp(min=3)).flatten()[::17].double())
+        output = network(batch.image1, batch.image2, 2 + index % 3 if iterates else None, prior)
+        if output.confidence is None:
+            raise ValueError(f'{network.name} computes no confidence: there is nothing to fit')
+        p = output.confidence.float().clamp(1e-4, 1 - 1e-4)
+        difference = output.flow.float() - batch.flow
+        length, error = (torch.hypot(vectors[:, :1], vectors[:, 1:])
+                         for vectors in (batch.flow, difference))
+        known = torch.isfinite(error).flatten()[::17]
+        logits.append(torch.logit(p).flatten()[::17][known])
+        small.append((error < (0.05 * length).clamp(min=3)).flatten()[::17][known].double())
     return logistic_fit(torch.cat(logits).double(), torch.cat(small)).float()
 
 

@@ -260,7 +260,18 @@ def predict(network: FlowNetwork, image1: Tensor, image2: Tensor, *, iterations:
         flows = network.predictions(image1, image2, iterations=iterations, prior_flow=prior)
         return Seen(levels=[(1, values.float()) for values in flows[:-1]],
                     flow=flows[-1].float())
-    raise ValueError(f'fine-tuning knows dip_rt and dip; seen {network.name!r}')
+    raise ValueError(_unknown_learner(network))
+
+
+def check_learner(network: FlowNetwork) -> None:
+    """Raise ValueError unless ``network`` can learn without labels."""
+    if not isinstance(network, (DipRt, DIP)):
+        raise ValueError(_unknown_learner(network))
+
+
+def _unknown_learner(network: FlowNetwork) -> str:
+    return (f'{network.name} cannot learn without labels yet; dip_rt and dip can. With labels '
+            f'it can: flow_ros finetune --data NAME:ROOT, or flow_ros train')
 
 
 def confidence_loss(confidence: Tensor, flow: Tensor, taught_confidence: Tensor,

@@ -32,7 +32,6 @@ from torch import Generator, nn, Tensor
 from tqdm import tqdm
 
 from flow_ros.networks import create, save
-from flow_ros.networks.dip_rt import DipRt
 from flow_ros.synthetic.world import World
 from flow_ros.training.augment import Batch
 from flow_ros.training.calibration import calibrate
@@ -317,15 +316,14 @@ class Trainer:
 
     def _finish(self) -> None:
         """Fit the confidence, where there is one, and measure what the run has come to."""
-        if isinstance(self.network, DipRt):
+        if self.network.takes_calibration:
             self._averaged(self._calibrate)
         if not (self.measured and self._validated.step == self.progress.step):
             self.validate()
 
     def _calibrate(self) -> None:
         """Fit the confidence to held-out scenes, and keep it in the averaged weights."""
-        assert isinstance(self.network, DipRt)
-        fit = self.average.tensors['calibration']
+        fit = torch.tensor([1.0, 0.0])
         if self.crew.first:
             # Not those that are measured.
             validation = replace(self.recipe.validation, seed=self.recipe.validation.seed + 1,
@@ -335,7 +333,10 @@ class Trainer:
                                CALIBRATION_BATCHES)
             fit = calibrate(self.network, batches)
         fit = self.crew.told(fit.cpu())  # the validation starts warm with its confidence
-        self.average.tensors['calibration'] = fit.to(self.device)
+        scale, shift = fit.tolist()
+        self.network.set_calibration(scale, shift)
+        if 'calibration' in self.average.tensors:  # part of the weights, else of the options
+            self.average.tensors['calibration'] = fit.to(self.device)
 
     def _data(self, data_root: Path | None) -> Data:
         """Return the source of batches that the recipe names."""

@@ -506,7 +506,7 @@ def test_silence_is_explained(world):
     assert '/front/world' in line and 'matches' in line
 
 
-@pytest.mark.parametrize('case', ['missing', 'another', 'choice', 'override'])
+@pytest.mark.parametrize('case', ['missing', 'another', 'unknown', 'choice', 'override'])
 def test_a_node_that_cannot_start_says_why_once(case, weights, tmp_path):
     if case == 'missing':
         arguments = ['-p', f'weights:={tmp_path}/no.safetensors']
@@ -514,6 +514,9 @@ def test_a_node_that_cannot_start_says_why_once(case, weights, tmp_path):
     elif case == 'another':
         arguments = ['-p', f'weights:={weights}', '-p', 'network:=dip']
         words = [str(weights), 'dip_rt']
+    elif case == 'unknown':
+        arguments = ['-p', 'network:=raft']
+        words = ["unknown network 'raft'; known are dip_rt, dip, hd3, mscsl"]
     elif case == 'override':
         arguments = ['-p', 'qos_overrides./flow/flow.publisher.reliability:=besteffort',
                      '-p', f'weights:={weights}', '-p', 'runtime:=torch']

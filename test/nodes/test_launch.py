@@ -47,7 +47,7 @@ def test_every_argument_has_a_description_and_a_choice_where_there_is_one(monkey
             'direction', 'rviz', 'log_level', 'use_sim_time'} <= set(arguments)
     for argument in arguments.values():
         assert argument.description, argument.name
-    for name in ('network', 'runtime', 'direction', 'rviz', 'log_level', 'use_sim_time'):
+    for name in ('runtime', 'direction', 'rviz', 'log_level', 'use_sim_time'):
         assert arguments[name].choices, name
 
 

@@ -480,6 +480,83 @@ def test_dip_rt_streams(runtime, tmp_path, monkeypatch):
     assert results[2].backward.flow.shape == (160, 240, 2)
 
 
+def decided_hd3():
+    """Return a small untrained HD3 whose match densities have one clear maximum."""
+    torch.manual_seed(0)
+    network = create('hd3', encoder='vgg', decoder='resnet', context=False, decoder_width=16)
+    for key, value in network.state_dict().items():
+        if value.ndim == 4:
+            value.normal_(0.0, (6.0 if 'cls' in key else 1.0) * value[0].numel() ** -0.5)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():  # the norms learn what comes, else the coarse maps are nearly 0
+        network.train()(255 * torch.rand(1, 3, 128, 192), 255 * torch.rand(1, 3, 128, 192))
+    return network.eval()
+
+
+@pytest.mark.parametrize('runtime', ['torch', 'openvino'])
+def test_hd3_streams_and_its_budget_counts_levels(runtime, tmp_path, monkeypatch):
+    if runtime == 'openvino':
+        pytest.importorskip('openvino', reason='OpenVINO is not installed')
+    monkeypatch.setenv('FLOW_ROS_CACHE', str(tmp_path))
+    network = decided_hd3()
+    frames = [pan(k, speed=4)[:128, :192] for k in range(3)]
+    with torch.inference_mode():
+        images = [torch.from_numpy(frame.copy()).permute(2, 0, 1)[None].float()
+                  for frame in frames]
+        expected = {levels: network(*images[:2], iterations=levels) for levels in (2, 5)}
+    flow = estimator(network=network, runtime=runtime, outputs={'confidence'})
+    flow.prepare(128, 192)
+    prepared = dict(getattr(flow.runtime, '_engines', {}))
+    for levels in (5, 2, 9):
+        flow.budget = Budget(iterations=levels)
+        flow.reset()
+        flow(frames[0], 0.0)
+        first = flow(frames[1], DT)
+        second = flow(frames[2], 2 * DT)
+        assert [step.level for step in first.steps] == [64, 32, 16, 8, 4][:levels]
+        assert (first.warm, first.cold_reason) == (False, 'first')
+        assert second.warm or second.cold_reason == 'scene cut'
+        wanted = expected[min(levels, 5)]
+        wanted_flow = wanted.flow[0].permute(1, 2, 0).numpy()
+        # Where two windows of a density are nearly one as good as the other, rounding decides.
+        assert np.quantile(np.abs(first.flow - wanted_flow), 0.98) < 1e-3
+        assert np.quantile(np.abs(first.confidence - wanted.confidence[0, 0].numpy()),
+                           0.98) < 1e-3
+    # Every engine of every budget was made ready, so that no frame waits for it.
+    assert dict(getattr(flow.runtime, '_engines', {})).keys() == prepared.keys()
+
+
+class Forgetful(BlockMatching):
+    """A network that takes no prior flow."""
+
+    name = 'forgetful'
+    accepts_prior = False
+
+    def start(self, *features, prior_flow=None, **options):
+        if prior_flow is not None:
+            raise ValueError('forgetful takes no prior flow')
+        return super().start(*features, **options)
+
+
+@pytest.mark.parametrize('direction', ['forward', 'both'])
+def test_a_network_that_takes_no_prior_starts_cold_and_says_so(direction, monkeypatch):
+    def carried(*arguments, **options):
+        raise AssertionError('time was spent on a prior that nobody takes')
+    for name in ('carry', 'sample_flow', 'explains'):
+        monkeypatch.setattr(f'flow_ros.streaming.estimator.{name}', carried)
+    flow = estimator(network=Forgetful(), direction=direction)
+    flow.prepare(64, 96)
+    results = [flow(pan(k), k * DT) for k in range(4)]
+    for result in results[1:]:
+        assert (result.warm, result.cold_reason) == (False, 'forgetful takes no prior flow')
+        assert middle(result.flow) == pytest.approx([-8, 0], abs=1)
+        assert 'warm_start' not in result.timings_ms
+    flow.warm_start = False
+    assert flow(pan(4), 4 * DT).cold_reason == 'warm start off'
+
+
 def shared():
     folder = Path(os.environ.get('FLOW_ROS_SHARED',
                                  Path(__file__).resolve().parents[3] / 'shared'))

@@ -22,9 +22,10 @@ import pytest
 import torch
 from torch import Generator
 
-from flow_ros.networks import create
+from flow_ros.networks import create, save
 from flow_ros.streaming import Budget, FlowEstimator
 from flow_ros.synthetic.world import World, WorldConfig
+from flow_ros.training import objectives
 from flow_ros.training.augment import Batch
 from flow_ros.training.objectives import filled, make_objective, stream_prior, warm_prior
 from flow_ros.training.procedural import Procedural
@@ -145,9 +146,20 @@ def test_holes_are_filled_from_near_by() -> None:
     assert filled(full) is full
 
 
-def test_a_network_without_an_objective_is_named() -> None:
-    with pytest.raises(ValueError, match="no training objective for network 'raft'.*dip_rt, dip"):
+def test_an_unknown_network_and_one_without_an_objective_are_named(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="unknown network 'raft'; known are dip_rt, dip"):
         make_objective(Recipe(network='raft'))
+    monkeypatch.setattr(objectives, 'OBJECTIVES', {'dip': objectives.DipObjective})
+    with pytest.raises(ValueError, match="no training objective for network 'dip_rt'.*dip"):
+        make_objective(Recipe(network='dip_rt'))
+
+
+def test_a_model_is_trained_as_its_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('FLOW_ROS_MODELS', str(tmp_path))
+    save(create('dip_rt', radius=2), tmp_path / 'small.safetensors')
+    objective = make_objective(Recipe(network='small'))
+    assert isinstance(objective, objectives.DipRtObjective)
 
 
 def test_dip_trains_by_its_procedural_recipe(tmp_path: Path) -> None:

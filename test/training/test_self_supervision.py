@@ -23,6 +23,7 @@ from torch import Generator
 from flow_ros.networks import create
 from flow_ros.ops.sampling import pixel_grid, sample
 from flow_ros.training.self_supervision import (
+    check_learner,
     confidence_loss,
     Lesson,
     LossWeights,
@@ -171,3 +172,12 @@ def test_dip_can_be_a_student_too() -> None:
     assert seen.flow.shape == (1, 2, 64, 80)
     assert len(seen.levels) == 3  # 4 flows of one iteration at two levels, the last apart
     assert seen.confidence is None
+
+
+def test_a_network_that_cannot_learn_without_labels_is_told_what_can() -> None:
+    network = create('hd3', encoder='vgg', context=False, decoder_width=8)
+    for refused in (lambda: check_learner(network), lambda: predict(
+            network, torch.zeros(1), torch.zeros(1), iterations=1, prior=None)):
+        with pytest.raises(ValueError, match='hd3 cannot learn without labels.*finetune --data'):
+            refused()
+    check_learner(create('dip_rt'))

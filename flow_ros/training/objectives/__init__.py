@@ -22,6 +22,7 @@ adds its own to ``OBJECTIVES``.
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
+from flow_ros.networks import family_of
 from flow_ros.training.objectives.base import (
     Autocast,
     channels_last,
@@ -43,10 +44,11 @@ OBJECTIVES: Mapping[str, Callable[[Recipe, Autocast], Objective]] = {
 
 def make_objective(recipe: Recipe, autocast: Autocast = nullcontext) -> Objective:
     """Return the objective of the recipe's network; raises ValueError where there is none."""
-    if recipe.network not in OBJECTIVES:
+    family = family_of(recipe.network)
+    if family not in OBJECTIVES:
         raise ValueError(f'there is no training objective for network {recipe.network!r}; '
                          f'there is one for {", ".join(OBJECTIVES)}')
-    return OBJECTIVES[recipe.network](recipe, autocast)
+    return OBJECTIVES[family](recipe, autocast)
 
 
 __all__ = ['channels_last', 'filled', 'Losses', 'losses_of', 'make_objective', 'Objective',
