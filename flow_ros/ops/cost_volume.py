@@ -19,10 +19,11 @@ plane (2r+1)(dy+r) + (dx+r) is that of the residual (dx, dy). All are means over
 so their scale does not depend on the width.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from flow_ros.ops.matching import local_search
@@ -31,6 +32,10 @@ from flow_ros.ops.sampling import pixel_grid, warp
 Measure = Literal['dot', 'sad']
 
 _COVERED = 0.9999
+
+_CHUNK_CPU = 2 ** 19
+_CHUNK_GPU = 2 ** 26
+"""Numbers in the patches that are worked on at once."""
 
 
 def correlation(a: Tensor, b: Tensor, radius: int) -> Tensor:
@@ -47,6 +52,10 @@ def difference(a: Tensor, b: Tensor, radius: int) -> Tensor:
     Returns (B, (2r+1)**2, H, W) in the features' type.
     """
     height, width = a.shape[-2:]
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        # A difference per residual would be kept for the backward pass: 81 maps for r = 4.
+        still = torch.zeros_like(a[:, :2], dtype=torch.promote_types(a.dtype, torch.float32))
+        return sampled_cost_volume(a, b, still, radius, 'sad').to(a.dtype)
     padded = functional.pad(b, (radius,) * 4)
     shifts = range(2 * radius + 1)
     return torch.stack([(a - padded[:, :, y:y + height, x:x + width]).abs().mean(dim=1)
@@ -87,66 +96,176 @@ def sampled_cost_volume(a: Tensor, b: Tensor, flow: Tensor, radius: int,
     there, as in the warped volume, and a sample between the last pixel and the outside fades.
     All samples of a pixel have one fractional part, so (2r+2)**2 pixels of ``b`` and four
     weights are enough. Returns (B, (2r+1)**2, H, W) in the type of ``flow``, which should be
-    float32: half precision cannot address 2048 px.
+    float32: half precision cannot address 2048 px. Can be differentiated once.
     """
     _check(a, b, flow, measure)
     batch, channels, height, width = a.shape
-    side = 2 * radius + 2
     points = pixel_grid(height, width, flow) + flow
     # From here on outwards every sample is 0, so far targets change nothing but their indices.
     x = points[:, 0].clamp(-radius - 1, width + radius)
     y = points[:, 1].clamp(-radius - 1, height + radius)
+    # The second clamp is for what is not a number.
     left = x.detach().floor().long().clamp(-radius - 1, width + radius)  # (B, H, W)
     upper = y.detach().floor().long().clamp(-radius - 1, height + radius)
-    part_x = (x - left).reshape(-1, 1)  # (N, 1) for N = B * H * W
-    part_y = (y - upper).reshape(-1, 1)
+    part_x = (x - left).flatten(1)  # (B, H * W)
+    part_y = (y - upper).flatten(1)
     before, behind = 2 * radius + 1, 2 * radius + 2
-    # In the features' own type: most of the time goes into moving them.
-    padded = functional.pad(b, (before, behind, before, behind))
-    padded = padded.permute(0, 2, 3, 1)  # (B, H + 4r + 3, W + 4r + 3, C)
-    down, across = padded.shape[1], padded.shape[2]
-    rows = padded.reshape(-1, channels)
-    first = torch.arange(batch, device=a.device)[:, None, None] * (down * across)
-    first = first + (upper + (before - radius)) * across + (left + (before - radius))
-    first = first.reshape(-1, 1) + torch.arange(side, device=a.device)  # (N, side)
-    own = a.permute(0, 2, 3, 1).reshape(-1, channels)  # (N, C)
-    compare = _dot_rows if measure == 'dot' else _sad_rows
-    planes = compare(own, rows, first, across, part_x, part_y)
-    return planes.view(batch, height, width, (side - 1) ** 2).permute(0, 3, 1, 2)
+    padded = functional.pad(b.to(flow.dtype), (before, behind, before, behind))
+    across = padded.shape[3]
+    rows = padded.flatten(2).transpose(1, 2).contiguous()  # (B, M, C)
+    own = a.to(flow.dtype).flatten(2).transpose(1, 2).contiguous()  # (B, H * W, C)
+    first = (upper + (before - radius)) * across + (left + (before - radius))
+    first = first.flatten(1)  # of each patch the first pixel in its image's rows
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():
+        planes = _sampled_in_lines(own, rows, first, part_x, part_y, across, radius, measure)
+    else:
+        planes = _Sampled.apply(own, rows, first, part_x, part_y, across, radius, measure)
+    return planes.transpose(1, 2).unflatten(2, (height, width))
 
 
-def _dot_rows(own: Tensor, rows: Tensor, first: Tensor, across: int, part_x: Tensor,
-              part_y: Tensor) -> Tensor:
-    """Combine the products with whole pixels: (N, (2r+1)**2). Exact, as equation 2 is linear."""
-    count, side = first.shape
-    own = (own * (1 / own.shape[1]))[:, :, None]  # (N, C, 1)
+class _Sampled(torch.autograd.Function):
+    """The sampled volume in chunks of pixels whose patches fit the cache.
+
+    A line of a patch is one block of memory, so a patch is 2r+2 copies, and its gradient 2r+2
+    additions; the patches of all pixels together, 100 to 324 times the map, never exist: the
+    backward pass gathers them again. Many times faster than a grid_sample per residual.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, rows: Tensor, first: Tensor, part_x: Tensor,
+                part_y: Tensor, across: int, radius: int, measure: Measure) -> Tensor:
+        """Return (B, N, (2r+1)**2) for ``own`` (B, N, C) and ``rows`` (B, M, C)."""
+        ctx.save_for_backward(own, rows, first, part_x, part_y)
+        ctx.options = across, radius, measure
+        side = 2 * radius + 2
+        planes = part_x.new_empty((*first.shape, (side - 1) ** 2))
+        for image in range(len(own)):
+            lines = _line_starts(first[image], across, side)
+            for chunk in _chunks(own, side):
+                patch = _gather(rows[image], lines[chunk], side)
+                mine = own[image, chunk][:, None, None]
+                along_x, along_y = _parts(part_x[image, chunk], part_y[image, chunk])
+                if measure == 'dot':
+                    values = (patch * mine).mean(dim=3, keepdim=True)
+                    values = _lerp(_lerp(values, along_x, 2), along_y, 1)
+                else:
+                    values = _lerp(_lerp(patch, along_x, 2), along_y, 1)
+                    values = (values - mine).abs_().mean(dim=3)
+                planes[image, chunk] = values.flatten(1)
+        return planes
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the maps and of the fractional parts."""
+        own, rows, first, part_x, part_y = ctx.saved_tensors
+        across, radius, measure = ctx.options
+        side, channels = 2 * radius + 2, own.shape[2]
+        for_parts = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        for_own, for_rows = torch.zeros_like(own), torch.zeros_like(rows)
+        for_x, for_y = torch.zeros_like(part_x), torch.zeros_like(part_y)
+        gradient = gradient.unflatten(2, (side - 1, side - 1, 1)) / channels
+        windows = rows.shape[1] - side + 1
+        for image in range(len(own)):
+            lines = _line_starts(first[image], across, side)
+            total = rows.new_zeros((windows, side * channels))
+            for chunk in _chunks(own, side):
+                patch = _gather(rows[image], lines[chunk], side)
+                mine = own[image, chunk][:, None, None]
+                along_x, along_y = _parts(part_x[image, chunk], part_y[image, chunk])
+                values = (patch * mine).sum(dim=3, keepdim=True) if measure == 'dot' else patch
+                given = gradient[image, chunk]
+                if measure == 'sad' or for_parts:
+                    between = _lerp(values, along_x, 2)
+                if measure == 'sad':
+                    given = given * (_lerp(between, along_y, 1) - mine).sign_()
+                    for_own[image, chunk] = -given.sum(dim=(1, 2))
+                given_x = _lerp_transposed(given, along_y, 1)
+                if for_parts:
+                    for_x[image, chunk] = (given_x * values.diff(dim=2)).sum(dim=(1, 2, 3))
+                    for_y[image, chunk] = (given * between.diff(dim=1)).sum(dim=(1, 2, 3))
+                given = _lerp_transposed(given_x, along_x, 2)
+                if measure == 'dot':
+                    for_own[image, chunk] = (patch * given).sum(dim=(1, 2))
+                    given = given * mine
+                total.index_add_(0, lines[chunk].flatten(), given.reshape(-1, side * channels))
+            # Windows overlap: pixel m is the k-th of window m - k.
+            for index, part in enumerate(total.split(channels, dim=1)):
+                for_rows[image, index:index + windows] += part
+        return for_own, for_rows, None, for_x, for_y, None, None, None
+
+
+def _line_starts(first: Tensor, across: int, side: int) -> Tensor:
+    return first[:, None] + torch.arange(side, device=first.device) * across  # (N, side)
+
+
+def _chunks(own: Tensor, side: int) -> list[slice]:
+    """Cut the pixels so that a chunk's patches are of a size that caches, or a GPU, like."""
+    most = _CHUNK_GPU if own.is_cuda else _CHUNK_CPU
+    step = max(most // (side * side * own.shape[2]), 8)
+    return [slice(start, start + step) for start in range(0, own.shape[1], step)]
+
+
+def _gather(rows: Tensor, lines: Tensor, side: int) -> Tensor:
+    """Return the patches (n, side, side, C): ``side`` pixels from each of ``lines`` on."""
+    count, channels = rows.shape
+    windows = rows.as_strided((count - side + 1, side * channels), (channels, 1))
+    return windows.index_select(0, lines.flatten()).view(-1, side, side, channels)
+
+
+def _parts(part_x: Tensor, part_y: Tensor) -> tuple[Tensor, Tensor]:
+    return part_x[:, None, None, None], part_y[:, None, None, None]
+
+
+def _lerp(values: Tensor, part: Tensor, dim: int) -> Tensor:
+    """Interpolate neighbours along ``dim``, which loses one."""
+    count = values.shape[dim] - 1
+    return torch.lerp(values.narrow(dim, 0, count), values.narrow(dim, 1, count), part)
+
+
+def _lerp_transposed(gradient: Tensor, part: Tensor, dim: int) -> Tensor:
+    """Return what ``_lerp``'s result passes back, one more along ``dim``."""
+    shape = list(gradient.shape)
+    count = shape[dim]
+    shape[dim] += 1
+    later = gradient * part
+    result = gradient.new_empty(shape)
+    result.select(dim, 0).zero_()
+    result.narrow(dim, 1, count).copy_(later)
+    result.narrow(dim, 0, count).add_(gradient).sub_(later)
+    return result
+
+
+def _sampled_in_lines(own: Tensor, rows: Tensor, first: Tensor, part_x: Tensor, part_y: Tensor,
+                      across: int, radius: int, measure: Measure) -> Tensor:
+    """Do what ``_Sampled`` does with operations every engine has, a line of all patches at once.
+
+    Returns (B, N, (2r+1)**2).
+    """
+    batch, count, channels = own.shape
+    side = 2 * radius + 2
+    images = torch.arange(batch, device=rows.device)[:, None] * rows.shape[1]
+    first = (first + images).reshape(-1, 1) + torch.arange(side, device=rows.device)
+    rows = rows.reshape(-1, channels)
+    own = own.reshape(-1, 1, channels)
+    part_x, part_y = part_x.reshape(-1, 1), part_y.reshape(-1, 1)
     lines = []
     previous = None
     for index in range(side):
         patch = rows.index_select(0, (first + index * across).flatten())
-        products = torch.bmm(patch.view(count, side, -1), own)[:, :, 0].to(part_x.dtype)
-        line = products[:, :-1] + (products[:, 1:] - products[:, :-1]) * part_x
-        if previous is not None:
+        patch = patch.view(-1, side, channels)
+        if measure == 'dot':  # exact, as equation 2 is linear
+            values = (patch * own).mean(dim=2)
+            line = values[:, :-1] + (values[:, 1:] - values[:, :-1]) * part_x
+        else:
+            line = patch[:, :-1] + (patch[:, 1:] - patch[:, :-1]) * part_x[:, :, None]
+        if previous is not None and measure == 'dot':
             lines.append(previous + (line - previous) * part_y)
+        elif previous is not None:
+            sampled = previous + (line - previous) * part_y[:, :, None]  # (B * N, 2r+1, C)
+            lines.append((sampled - own).abs().mean(dim=2))
         previous = line
-    return torch.cat(lines, dim=1)
-
-
-def _sad_rows(own: Tensor, rows: Tensor, first: Tensor, across: int, part_x: Tensor,
-              part_y: Tensor) -> Tensor:
-    """Interpolate the features along x, then y, a line of the patch at a time."""
-    count, side = first.shape
-    own, part_x, part_y = own[:, None], part_x[:, None], part_y[:, None]
-    lines = []
-    previous = None
-    for index in range(side):
-        patch = rows.index_select(0, (first + index * across).flatten())
-        patch = patch.view(count, side, -1)
-        line = patch[:, :-1] + (patch[:, 1:] - patch[:, :-1]) * part_x  # (N, 2r+1, C)
-        if previous is not None:
-            lines.append((previous + (line - previous) * part_y - own).abs().mean(dim=2))
-        previous = line
-    return torch.cat(lines, dim=1)
+    return torch.cat(lines, dim=1).view(batch, count, -1)
 
 
 def _check(a: Tensor, b: Tensor, flow: Tensor, measure: str) -> None:
