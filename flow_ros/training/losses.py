@@ -54,13 +54,16 @@ def sequence_loss(levels: list[tuple[int, Tensor]], final: Tensor, truth: Tensor
 
 
 def multi_scale_epe(levels: list[tuple[int, Tensor]], truth: Tensor,
-                    weights: Sequence[float] | None = None) -> Tensor:
+                    weights: Sequence[float] | None = None, *,
+                    exponent: float = 1.0) -> Tensor:
     """Return the endpoint error at several scales: sum over l of w_l * mean |f_l - f_gt|_2, px.
 
     FlowNet's and PWC-Net's training loss (PWC-Net equation 1, without its weight decay); with
     one level, MSCSL's equation 15, as a mean over the pixels instead of their sum. ``levels``:
     (level, flow (B, 2, H/level, W/level) in level px); the truth of a cell is the mean of what
     is known in it. ``weights``: one per level, default 1.
+    An ``exponent`` q below 1 takes (error + 0.01)^q / q in the error's place, as
+    ``sequence_loss`` does.
     """
     chosen = [1.0] * len(levels) if weights is None else list(weights)
     if len(chosen) != len(levels):
@@ -69,7 +72,10 @@ def multi_scale_epe(levels: list[tuple[int, Tensor]], truth: Tensor,
     loss = truth.new_zeros(())
     for weight, (level, flow) in zip(chosen, levels):
         target = pool_truth(truth, level)
-        loss = loss + weight * _masked_mean(endpoint_error(level * flow, target), target)
+        error = endpoint_error(level * flow, target)
+        if exponent != 1:
+            error = (error + 0.01) ** exponent / exponent
+        loss = loss + weight * _masked_mean(error, target)
     return loss
 
 

@@ -36,10 +36,12 @@ from flow_ros.training.objectives.base import (
 from flow_ros.training.objectives.dip import DipObjective
 from flow_ros.training.objectives.dip_rt import DipRtObjective
 from flow_ros.training.objectives.hd3 import HD3Objective
+from flow_ros.training.objectives.mscsl import MSCSLObjective
 from flow_ros.training.recipe import Recipe
 
 OBJECTIVES: Mapping[str, Callable[[Recipe, Autocast], Objective]] = {
-    'dip_rt': DipRtObjective, 'dip': DipObjective, 'hd3': HD3Objective}
+    'dip_rt': DipRtObjective, 'dip': DipObjective, 'hd3': HD3Objective,
+    'mscsl': MSCSLObjective}
 
 
 def make_objective(recipe: Recipe, autocast: Autocast = nullcontext) -> Objective:
