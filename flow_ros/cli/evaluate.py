@@ -36,6 +36,11 @@ on a motion boundary), errors are split by them. Folders without truth are liste
 
 In place of --data, --data-set names a public set and where it lies, in the layout it is
 published in: kitti2015:/data/kitti. A third part is the split: chairs:/data/chairs:val.
+
+--network may be given several times: all are measured on the same pairs and stand in one table.
+Where a network knows its confidence, AUSC is the area under its sparsification curve (the mean
+error of what is left as the least confident pixels are removed, over that of all: 1 for a
+confidence that knows nothing) and AUSE the area between it and the best order there is.
 """
 
 
@@ -50,20 +55,23 @@ def add_parser(subparsers: Any) -> None:
                       help='public data set; a wrong NAME lists those known')
     parser.add_argument('--samples', type=_positive, metavar='N',
                         help='measure N samples, evenly spread over the data (default: all)')
-    parser.add_argument('--network', default='dip_rt', metavar='NAME',
-                        help='network to measure (default: %(default)s)')
+    parser.add_argument('--network', action='append', metavar='NAME', dest='networks',
+                        help='network or model to measure, or all: every model with weights '
+                             'here; may be given several times (default: dip_rt)')
     parser.add_argument('--weights', metavar='FILE', default='default',
                         help='weights of the network, .safetensors or a published .pth '
                              '(default: those shipped)')
     parser.add_argument('--iterations', type=_positive, metavar='N',
-                        help="iterations per level (default: the network's own)")
+                        help="iterations per level; levels of hd3, scales of mscsl (default: the "
+                             "network's own)")
     parser.add_argument('--runtime', choices=RUNTIMES, default='torch',
                         help='where the network runs (default: %(default)s)')
     parser.add_argument('--device', metavar='NAME',
                         help='torch device for --runtime torch (default: cuda if there, else cpu)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all numbers here')
     parser.add_argument('--pictures', type=Path, metavar='DIR',
-                        help='write a strip per pair here: frame, truth, estimate, error')
+                        help='write a strip per pair here: frame, truth, estimate, error; and '
+                             'sparsification.png, how well confidence ranks errors')
 
 
 def run(options: argparse.Namespace) -> int:
@@ -72,13 +80,14 @@ def run(options: argparse.Namespace) -> int:
     from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
     from flow_ros.evaluation import baselines, Estimate, evaluate, LoadedPair, PairSource
-    from flow_ros.evaluation.pictures import pair_strip
+    from flow_ros.evaluation.pictures import pair_strip, sparsification_picture
     from flow_ros.evaluation.tables import report_tables
     from flow_ros.flow_io import write_image
 
     pairs, without_truth = _pairs(options)
     _check_writable(options)
-    subject, facts = _network(options)
+    names = _names(options)
+    made = {name: _network(options, name) for name in names}
     messages = Console(stderr=True, highlight=False, soft_wrap=True)
     for row in without_truth:
         messages.print(f'skipped {row.name}: {row.reason}', markup=False)
@@ -91,26 +100,36 @@ def run(options: argparse.Namespace) -> int:
         def on_pair(pair: PairSource, loaded: LoadedPair,
                     estimates: Mapping[str, Estimate]) -> None:
             progress.update(task, advance=1, description=pair.name)
-            if options.pictures is not None:
-                path = options.pictures / f'{pair.name}.png'
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_image(path, pair_strip(loaded, estimates[options.network]))
-                except OSError as error:  # the numbers are worth more than the pictures
-                    messages.print(f'{path} cannot be written: {error.strerror}', markup=False)
+            for name in names if options.pictures is not None else ():
+                folder = options.pictures / name if len(names) > 1 else options.pictures
+                draw(folder / f'{pair.name}.png', pair_strip(loaded, estimates[name]))
 
-        report = evaluate({options.network: subject, **baselines()}, pairs, warm_up=True,
-                          on_pair=on_pair)
+        def draw(path: Path, picture: Any) -> None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_image(path, picture)
+            except OSError as error:  # the numbers are worth more than the pictures
+                messages.print(f'{path} cannot be written: {error.strerror}', markup=False)
+
+        estimators = {name: estimator for name, (estimator, _) in made.items()}
+        report = evaluate({**estimators, **baselines()}, pairs, warm_up=True, on_pair=on_pair,
+                          under_test=names)
+        if options.pictures is not None and any(
+                ranking.pairs for ranking in report.sparsifications.values()):
+            draw(options.pictures / 'sparsification.png',
+                 sparsification_picture(report.sparsifications))
     for row in report.skipped:
         messages.print(f'skipped {row.name}: {row.reason}', markup=False)
-    if not report.rows[options.network]:
+    if not report.rows[names[0]]:
         raise CommandError('not one pair could be read')
     console = Console(width=240)  # tables take what they need; a terminal wraps the rest
     for table in report_tables(report):
         console.print(table)
     if options.json is not None:
-        content = {'flow_ros': __version__, 'data': options.data_set or str(options.data), **facts,
-                   **report.as_dict()}
+        content = {'flow_ros': __version__, 'data': options.data_set or str(options.data),
+                   **made[names[0]][1], **report.as_dict()}
+        for name, numbers in content.get('networks', {}).items():
+            content['networks'][name] = {**made[name][1], **numbers}
         content['skipped'] = [{'name': row.name, 'reason': row.reason}
                               for row in (*without_truth, *report.skipped)]
         try:
@@ -153,17 +172,33 @@ def _pairs(options: argparse.Namespace) -> tuple[list['PairSource'], list['Skipp
     return pairs, without_truth
 
 
-def _network(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def _names(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the networks to measure, each once, with ``all`` spelt out."""
+    from flow_ros.networks import list_models
+
+    asked = options.networks or ['dip_rt']
+    names = tuple(dict.fromkeys(
+        name for word in asked
+        for name in ([model.name for model in list_models()] if word == 'all' else [word])))
+    if len(names) > 1 and options.weights != 'default':
+        raise CommandError(f'--weights is for one network; seen {", ".join(names)}: give several '
+                           f'files names with `flow_ros import-weights`')
+    if not names:
+        raise CommandError('--network all: no model has weights here; see `flow_ros '
+                           'import-weights --help`')
+    return names
+
+
+def _network(options: argparse.Namespace, name: str) -> tuple[Any, dict[str, Any]]:
     """Return the estimator and what the JSON file says about it; never without weights."""
     import torch
 
     from flow_ros.evaluation import network_estimator
-    from flow_ros.networks import create, default_weights_path, WeightsError
+    from flow_ros.networks import count_parameters, create, default_weights_path, WeightsError
 
     try:
-        network = create(options.network, weights=options.weights)
-        weights = (default_weights_path(options.network) if options.weights == 'default'
-                   else options.weights)
+        network = create(name, weights=options.weights)
+        weights = default_weights_path(name) if options.weights == 'default' else options.weights
     except WeightsError as error:
         raise CommandError(f'evaluation needs trained weights (--weights FILE): {error}') \
             from error
@@ -184,8 +219,11 @@ def _network(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         if type(error).__name__ != 'RuntimeUnavailable':
             raise
         raise CommandError(f'--runtime {options.runtime}: {error}') from error
-    facts = {'network': options.network, 'weights': str(weights), 'runtime': options.runtime,
-             'iterations': options.iterations or network.default_iterations}
+    facts = {'network': name, 'family': network.name, 'options': network.options(),
+             'parameters': count_parameters(network), 'weights': str(weights),
+             'runtime': options.runtime,
+             'iterations': options.iterations or network.default_iterations,
+             'iterations_are': network.budget_unit}
     return estimator, facts
 
 

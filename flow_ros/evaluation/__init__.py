@@ -31,6 +31,7 @@ from flow_ros.evaluation.metrics import (
     endpoint_error,
     flow_metrics,
     mean_metrics,
+    Sparsification,
     TITLES,
 )
 from flow_ros.evaluation.pairs import find_pairs, LoadedPair, Pair, PairSource, Skipped
@@ -54,6 +55,7 @@ __all__ = [
     'PairSource',
     'Report',
     'Skipped',
+    'Sparsification',
     'TITLES',
     'zero_flow',
 ]

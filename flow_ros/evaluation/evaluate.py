@@ -29,7 +29,13 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from flow_ros.evaluation.metrics import Calibration, flow_metrics, mean_metrics
+from flow_ros.evaluation.metrics import (
+    Calibration,
+    flow_metrics,
+    mean_metrics,
+    REMOVED,
+    Sparsification,
+)
 from flow_ros.evaluation.pairs import LoadedPair, PairSource, Skipped
 from flow_ros.flow_io import FlowFileError
 
@@ -160,16 +166,26 @@ class PairResult:
 
 @dataclass(frozen=True)
 class Report:
-    """What all estimators measured: rows by estimator, in the order of the pairs."""
+    """What all estimators measured: rows by estimator, in the order of the pairs.
+
+    ``subjects`` are the estimators under test, by default the first; the others are beside them.
+    """
 
     rows: Mapping[str, Sequence[PairResult]]
     calibrations: Mapping[str, Calibration] = field(default_factory=dict)
     skipped: Sequence[Skipped] = ()
+    sparsifications: Mapping[str, Sparsification] = field(default_factory=dict)
+    under_test: Sequence[str] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The estimators; the first is the one under test, the others are beside it."""
+        """The estimators; those under test first, the others are beside them."""
         return tuple(self.rows)
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """The estimators under test: the first, where no others were named."""
+        return tuple(self.under_test) or self.names[:1]
 
     def means(self, name: str | None = None) -> dict[str, float]:
         """Return the means over pairs of an estimator (default: the first), ``ms`` too."""
@@ -177,23 +193,40 @@ class Report:
         return mean_metrics({**row.metrics, 'ms': row.ms} for row in rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the whole report for a JSON file; a measure with no pixels is null."""
-        subject = self.names[0]
-        calibration = self.calibrations.get(subject)
-        return {
-            'estimator': subject,
-            'pairs': [row.as_dict() for row in self.rows[subject]],
-            'means': _finite(self.means()),
+        """Return the whole report for a JSON file; a measure with no pixels is null.
+
+        What is known of the first estimator under test stands at the top; where several are
+        under test, each has the same under ``networks``.
+        """
+        content = {
+            'estimator': self.subjects[0],
+            **self._estimator(self.subjects[0]),
             'baselines': {name: {'pairs': [row.as_dict() for row in self.rows[name]],
                                  'means': _finite(self.means(name))}
-                          for name in self.names[1:]},
+                          for name in self.names if name not in self.subjects},
+            'skipped': [{'name': row.name, 'reason': row.reason} for row in self.skipped],
+        }
+        if len(self.subjects) > 1:
+            content['networks'] = {name: self._estimator(name) for name in self.subjects}
+        return content
+
+    def _estimator(self, name: str) -> dict[str, Any]:
+        calibration = self.calibrations.get(name)
+        ranking = self.sparsifications.get(name)
+        return {
+            'pairs': [row.as_dict() for row in self.rows[name]],
+            'means': _finite(self.means(name)),
             'calibration': None if calibration is None else {
                 'ece': _finite({'ece': calibration.error})['ece'],
                 'bins': [{'low': row.low, 'high': row.high, 'pixels': row.pixels,
                           'confidence': round(row.confidence, 6),
                           'share_correct': round(row.share_correct, 6)}
                          for row in calibration.bins_filled]},
-            'skipped': [{'name': row.name, 'reason': row.reason} for row in self.skipped],
+            'sparsification': None if ranking is None or not ranking.pairs else {
+                'ausc': round(ranking.ausc, 6), 'ause': round(ranking.ause, 6),
+                'pairs': ranking.pairs, 'removed': [round(float(x), 2) for x in REMOVED],
+                'curve': [round(float(y), 6) for y in ranking.curve],
+                'oracle': [round(float(y), 6) for y in ranking.oracle]},
         }
 
 
@@ -201,15 +234,18 @@ OnPair = Callable[[PairSource, LoadedPair, Mapping[str, Estimate]], None]
 
 
 def evaluate(estimators: Mapping[str, Estimator], pairs: Iterable[PairSource], *,
-             warm_up: bool = False, on_pair: OnPair | None = None) -> Report:
-    """Run ``estimators`` (by name, the one under test first) over ``pairs``.
+             warm_up: bool = False, on_pair: OnPair | None = None,
+             under_test: Sequence[str] = ()) -> Report:
+    """Run ``estimators`` (by name) over ``pairs``.
 
+    Those ``under_test`` come first; if none are named, the first one is it.
     ``warm_up`` runs each estimator once, untimed, on every new image size, so that ``ms``
     holds neither compilation nor first allocations. ``on_pair`` is called after every pair that
     could be read; the others are in ``skipped`` with the reason.
     """
     rows: dict[str, list[PairResult]] = {name: [] for name in estimators}
     calibrations: dict[str, Calibration] = {}
+    sparsifications: dict[str, Sparsification] = {}
     skipped: list[Skipped] = []
     sizes: set[tuple[int, ...]] = set()
     for pair in pairs:
@@ -231,14 +267,16 @@ def evaluate(estimators: Mapping[str, Estimator], pairs: Iterable[PairSource], *
             estimates[name] = estimate
             measures = flow_metrics(estimate.flow, loaded.truth, occlusion=loaded.occlusion,
                                     boundary_distance=loaded.boundary_distance)
-            rows[name].append(PairResult(pair.name, width, height, measures, ms))
             if estimate.confidence is not None:
                 calibration = calibrations.setdefault(name, Calibration())
                 calibration.add(estimate.confidence, estimate.flow, loaded.truth)
+                ranking = sparsifications.setdefault(name, Sparsification())
+                measures |= ranking.add(estimate.confidence, estimate.flow, loaded.truth)
+            rows[name].append(PairResult(pair.name, width, height, measures, ms))
         sizes.add(loaded.image1.shape)
         if on_pair is not None:
             on_pair(pair, loaded, estimates)
-    return Report(rows, calibrations, skipped)
+    return Report(rows, calibrations, skipped, sparsifications, tuple(under_test))
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -31,6 +31,8 @@ BoolArray = NDArray[np.bool_]
 
 OUTLIER_PX = 3.0
 OUTLIER_SHARE = 0.05
+REMOVED: NDArray[np.float64] = np.arange(100) / 100.0
+"""The shares of pixels removed at the points of a sparsification curve: 0 to 99 %."""
 
 # The names of all measures, in the order of tables, with their titles.
 TITLES: Mapping[str, str] = {
@@ -48,6 +50,8 @@ TITLES: Mapping[str, str] = {
     'd10_60': 'd10-60',
     'd60_140': 'd60-140',
     'missing': 'missing %',
+    'ausc': 'AUSC',
+    'ause': 'AUSE',
 }
 
 SPEEDS: Mapping[str, tuple[float, float]] = {
@@ -198,3 +202,73 @@ class Calibration:
                            confidence=float(self.confidence_sum[k] / self.pixels[k]),
                            share_correct=float(self.correct_sum[k] / self.pixels[k]))
             for k in range(self.bins) if self.pixels[k])
+
+
+@dataclass
+class Sparsification:
+    """How well confidence ranks errors, over any number of pairs (Ilg et al., ECCV 2018).
+
+    The least confident pixels are removed first; ``curve`` is the mean endpoint error of the
+    rest over that of all pixels, at each share of ``REMOVED``, and ``oracle`` is that curve
+    where the largest errors are removed first: none is lower. Both are means over pairs.
+    ``ausc`` is the area under ``curve``, 1 for a confidence that knows nothing; ``ause`` that
+    between the curves, 0 for a perfect ranking. Areas are means over ``REMOVED``.
+    """
+
+    pairs: int = 0
+    curve_sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(REMOVED)))
+    oracle_sum: NDArray[np.float64] = field(default_factory=lambda: np.zeros(len(REMOVED)))
+
+    def add(self, confidence: NDArray[Any], estimate: NDArray[Any],
+            truth: NDArray[Any]) -> dict[str, float]:
+        """Count a pair: confidence (H, W), flows (H, W, 2); return its ``ausc`` and ``ause``.
+
+        They are NaN, and the pair is not counted, where nothing is known or all is right.
+        """
+        if confidence.shape != truth.shape[:2]:
+            raise ValueError(f'confidence must be {truth.shape[:2]}, as the truth is; '
+                             f'seen {confidence.shape}')
+        error = endpoint_error(estimate, truth)
+        known = np.isfinite(error) & np.isfinite(confidence)
+        values = error[known].astype(np.float64)
+        total = float(values.sum())
+        if not total > 0:
+            return {'ausc': float('nan'), 'ause': float('nan')}
+        kept = np.maximum((1 - REMOVED) * values.size, 1.0)
+
+        def curve(counts: NDArray[Any], sums: NDArray[Any]) -> NDArray[np.float64]:
+            # Pixels of one confidence are removed in no order: their errors count evenly.
+            found = np.interp(kept, np.cumsum(counts), np.cumsum(sums))
+            return np.asarray(found / kept * (values.size / total), dtype=np.float64)
+
+        nothing = np.zeros(1)
+        _, group, counts = np.unique(-confidence[known], return_inverse=True, return_counts=True)
+        by_confidence = curve(np.append(nothing, counts),
+                              np.append(nothing, np.bincount(group, weights=values)))
+        by_error = curve(np.append(nothing, np.ones(values.size)),
+                         np.append(nothing, np.sort(values)))
+        self.pairs += 1
+        self.curve_sum += by_confidence
+        self.oracle_sum += by_error
+        return {'ausc': float(by_confidence.mean()),
+                'ause': float((by_confidence - by_error).mean())}
+
+    @property
+    def curve(self) -> NDArray[np.float64]:
+        """The mean error of the rest over that of all, at each share removed; NaN of nothing."""
+        return self.curve_sum / (self.pairs or np.nan)
+
+    @property
+    def oracle(self) -> NDArray[np.float64]:
+        """The lowest curve there can be."""
+        return self.oracle_sum / (self.pairs or np.nan)
+
+    @property
+    def ausc(self) -> float:
+        """The area under the curve."""
+        return float(self.curve.mean())
+
+    @property
+    def ause(self) -> float:
+        """The area between the curve and the oracle's."""
+        return float((self.curve - self.oracle).mean())

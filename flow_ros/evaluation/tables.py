@@ -28,11 +28,14 @@ ALWAYS = ('epe', 'fl_all', 'outliers_1px', 's0_10', 's10_40', 's40_plus')
 
 
 def report_tables(report: Report) -> list[Table]:
-    """Return the table of pairs, the table of means and, if known, that of confidence."""
-    tables = [pairs_table(report), means_table(report)]
-    calibration = report.calibrations.get(report.names[0])
-    if calibration is not None and calibration.pixels.any():
-        tables.append(calibration_table(calibration))
+    """Return the table of pairs, the table of means and, where known, those of confidence."""
+    several = len(report.subjects) > 1
+    tables = [comparison_table(report) if several else pairs_table(report), means_table(report)]
+    for name in report.subjects:
+        calibration = report.calibrations.get(name)
+        if calibration is not None and calibration.pixels.any():
+            tables.append(calibration_table(calibration, f'confidence of {name}' if several
+                                            else 'confidence'))
     return tables
 
 
@@ -60,6 +63,22 @@ def pairs_table(report: Report) -> Table:
     return table
 
 
+def comparison_table(report: Report) -> Table:
+    """Return one row per pair: EPE and Fl of every estimator."""
+    table = _table('per pair (px, %)')
+    table.add_column('pair', no_wrap=True)
+    for name in report.names:
+        for measure in BASELINE_MEASURES:
+            table.add_column(f'{name}\n{TITLES[measure]}', justify='right')
+    for number, row in enumerate(report.rows[report.names[0]]):
+        table.add_row(row.name, *(_cell(report.rows[name][number].metrics.get(measure))
+                                  for name in report.names for measure in BASELINE_MEASURES))
+    table.add_section()
+    table.add_row('mean', *(_cell(report.means(name).get(measure))
+                            for name in report.names for measure in BASELINE_MEASURES))
+    return table
+
+
 def means_table(report: Report) -> Table:
     """Return one row per estimator: the means over pairs."""
     means = {name: report.means(name) for name in report.names}
@@ -73,9 +92,9 @@ def means_table(report: Report) -> Table:
     return table
 
 
-def calibration_table(calibration: Calibration) -> Table:
+def calibration_table(calibration: Calibration, title: str = 'confidence') -> Table:
     """Return the reliability table of confidence."""
-    table = _table(f'confidence: expected calibration error {calibration.error:.3f}')
+    table = _table(f'{title}: expected calibration error {calibration.error:.3f}')
     for title in ('confidence', 'pixels %', 'mean confidence', 'share correct'):
         table.add_column(title, justify='right')
     total = int(calibration.pixels.sum())

@@ -85,6 +85,39 @@ def test_everything_it_writes(data: Path, weights: Path, tmp_path: Path,
     assert sum(b['pixels'] for b in content['calibration']['bins']) == SIZE[0] * SIZE[1]
     assert 0 <= content['calibration']['ece'] <= 1
     assert read_image(pictures / 'set' / 'one.png').shape == (96, 5 * 128, 3)
+    assert 'networks' not in content  # it is but one
+    assert content['sparsification']['ausc'] == pytest.approx(row['ausc'], abs=1e-5)
+
+
+def test_all_models_in_one_table(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                 capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / 'models'
+    monkeypatch.setattr('flow_ros.networks.models.shipped_folders', lambda: [folder])
+    monkeypatch.setattr('flow_ros.networks.models.user_folder', lambda: tmp_path / 'own')
+    torch.manual_seed(0)
+    save(create('dip_rt', hidden=32), folder / 'slim.safetensors')
+    save(create('hd3', encoder='vgg', context=False, decoder_width=16),
+         tmp_path / 'own' / 'hd3.safetensors')
+    numbers, pictures = tmp_path / 'numbers.json', tmp_path / 'pictures'
+    assert main(['evaluate', '--data', str(data), '--network', 'all', '--network', 'slim',
+                 '--json', str(numbers), '--pictures', str(pictures)]) == 0
+    shown = capsys.readouterr().out
+    assert 'means over 1 pairs' in shown and 'AUSE' in shown
+    content = json.loads(numbers.read_text())
+    assert list(content['networks']) == ['slim', 'hd3']
+    hd3 = content['networks']['hd3']
+    assert (hd3['family'], hd3['iterations'], hd3['iterations_are']) == ('hd3', 5, 'levels')
+    assert hd3['options'] == {'encoder': 'vgg', 'context': False, 'decoder_width': 16}
+    assert hd3['weights'] == str(tmp_path / 'own' / 'hd3.safetensors')
+    assert hd3['sparsification']['pairs'] == 1 and math.isfinite(hd3['means']['ausc'])
+    assert content['network'] == 'slim'
+    assert content['parameters'] == sum(value.numel() for value in create('slim').parameters())
+    assert set(content['baselines']) == {'dis_medium', 'zero'}
+    for name in ('slim', 'hd3'):
+        assert (pictures / name / 'set' / 'one.png').is_file()
+    assert read_image(pictures / 'sparsification.png').shape[1:] == (620, 3)
+    assert main(['evaluate', '--data', str(data), '--network', 'all', '--weights', 'a.pth']) == 2
+    assert '--weights is for one network; seen slim, hd3' in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_costs_no_numbers(

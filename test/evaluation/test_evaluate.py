@@ -24,7 +24,7 @@ import pytest
 
 from flow_ros.evaluation import baselines, Estimate, evaluate, find_pairs
 from flow_ros.evaluation.evaluate import DisFlow, to_grey
-from flow_ros.evaluation.pictures import pair_strip
+from flow_ros.evaluation.pictures import pair_strip, sparsification_picture
 from flow_ros.evaluation.tables import report_tables
 from flow_ros.flow_io import read_image, write_flow, write_image
 
@@ -138,6 +138,58 @@ def test_tables_show_every_pair_and_estimator(data: Path) -> None:
     assert rows['right'][:3] == ['8.00', '100.00', '100.00']
     assert {'left', 'mean', 'dis_medium', 'zero', '0.5-0.6'} <= set(rows)
     assert rows['zero'][0] == '4.00'
+
+
+def knows_where(image1: np.ndarray, image2: np.ndarray) -> Estimate:
+    """Return the truth of 'left' on the left half, nothing on the right, sure of the left."""
+    height, width = image1.shape[:2]
+    flow = np.zeros((height, width, 2), np.float32)
+    flow[:, :width // 2, 0] = -SHIFT
+    confidence = np.full((height, width), 0.2, np.float32)
+    confidence[:, :width // 2] = 0.9
+    return Estimate(flow, confidence=confidence)
+
+
+def test_several_networks_stand_in_one_table(data: Path) -> None:
+    from rich.console import Console
+    report = evaluate({'one': knows_where, 'two': always_left, **baselines()},
+                      find_pairs(data)[0], under_test=('one', 'two'))
+    assert report.subjects == ('one', 'two')
+    content = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert set(content['networks']) == {'one', 'two'}
+    assert set(content['baselines']) == {'dis_medium', 'zero'}
+    for part, value in content['networks']['one'].items():
+        assert content[part] == value  # the first one stands at the top too
+    left, right = content['networks']['one']['pairs']
+    assert left['ause'] == pytest.approx(0, abs=1e-6) and left['ausc'] < 0.5
+    assert right['ausc'] > 1.2 and right['ause'] > 0.4
+    # Sparsified on 'left' both stop at 0 where half is gone; 'two' is right, which ranks nothing.
+    two = content['networks']['two']
+    assert two['pairs'][0]['ausc'] is None and two['pairs'][1]['ausc'] == pytest.approx(1)
+    assert two['sparsification']['pairs'] == 1
+    curve = content['sparsification']
+    assert curve['pairs'] == 2 and len(curve['removed']) == len(curve['curve']) == 100
+    assert curve['ausc'] == pytest.approx(np.mean(curve['curve']), abs=1e-5)
+    assert curve['ausc'] == pytest.approx(content['means']['ausc'], abs=1e-5)
+    console = Console(width=240, record=True, file=io.StringIO())
+    for table in report_tables(report):
+        console.print(table)
+    text = console.export_text()
+    for words in ('means over 2 pairs', 'confidence of one', 'confidence of two', 'AUSC'):
+        assert text.count(words) == 1
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.split()}
+    assert {'one', 'two', 'dis_medium', 'zero'} <= set(rows)
+    assert rows['left'][:4] == ['2.00', '50.00', '0.00', '0.00']  # EPE and Fl of one, of two
+
+
+def test_picture_of_the_sparsification(data: Path) -> None:
+    report = evaluate({'one': knows_where, 'two': always_left}, find_pairs(data)[0])
+    picture = sparsification_picture(report.sparsifications)
+    assert picture.dtype == np.uint8 and picture.shape[1:] == (620, 3)
+    alone = sparsification_picture({'one': report.sparsifications['one']})
+    assert alone.shape[0] < picture.shape[0]  # a line of the legend less
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > len(
+        np.unique(sparsification_picture({}).reshape(-1, 3), axis=0))
 
 
 def test_picture_of_a_pair(data: Path) -> None:

@@ -19,7 +19,13 @@ import math
 import numpy as np
 import pytest
 
-from flow_ros.evaluation import Calibration, endpoint_error, flow_metrics, mean_metrics
+from flow_ros.evaluation import (
+    Calibration,
+    endpoint_error,
+    flow_metrics,
+    mean_metrics,
+    Sparsification,
+)
 from flow_ros.evaluation.metrics import correct
 
 
@@ -128,3 +134,44 @@ def test_calibration_of_sampled_confidence_is_small() -> None:
     assert broken.error == pytest.approx(0.5, abs=0.03)
     with pytest.raises(ValueError, match=r'must be \(200, 300\)'):
         kept.add(confidence[:9], estimate, truth)
+
+
+def test_sparsification_by_hand() -> None:
+    truth = np.zeros((10, 10, 2), np.float32)
+    estimate = truth.copy()
+    estimate[..., 0] = np.arange(1, 101, dtype=np.float32).reshape(10, 10)  # errors 1 to 100
+    perfect, blind, wrong = Sparsification(), Sparsification(), Sparsification()
+    sure = -estimate[..., 0]
+    measured = perfect.add(sure, estimate, truth)
+    # After k of 100 pixels the mean error of the rest is (101 - k) / 2, of 50.5.
+    assert perfect.curve == pytest.approx([(101 - k) / 101 for k in range(100)])
+    assert measured['ausc'] == pytest.approx(perfect.ausc) == pytest.approx(51.5 / 101)
+    assert measured['ause'] == pytest.approx(0) == pytest.approx(perfect.ause)
+    blind.add(np.full((10, 10), 0.5), estimate, truth)  # of one confidence: any order is as good
+    assert blind.curve == pytest.approx(np.ones(100))
+    assert blind.ause == pytest.approx(1 - 51.5 / 101)
+    wrong.add(-sure, estimate, truth)
+    assert wrong.ausc > 1 > perfect.ausc
+    assert wrong.oracle == pytest.approx(perfect.curve)
+
+
+def test_sparsification_is_the_mean_over_pairs_that_have_errors() -> None:
+    truth = np.zeros((10, 10, 2), np.float32)
+    estimate = truth.copy()
+    estimate[:5, :, 1] = 4.0
+    truth[:, 0] = np.nan  # counts for nothing
+    confidence = np.full((10, 10), 0.1)
+    confidence[5:] = 0.9
+    ranking = Sparsification()
+    assert math.isnan(ranking.ausc)
+    ranking.add(confidence, estimate, truth)
+    assert ranking.curve[[0, 25, 50, 99]] == pytest.approx([1, 2 / 3, 0, 0])
+    assert ranking.ause == pytest.approx(0)
+    exact = ranking.add(confidence, np.nan_to_num(truth), truth)
+    assert math.isnan(exact['ausc']) and math.isnan(exact['ause'])
+    assert ranking.pairs == 1
+    ranking.add(1 - confidence, estimate, truth)
+    assert ranking.pairs == 2
+    assert ranking.curve[25] == pytest.approx((2 / 3 + 4 / 3) / 2)
+    with pytest.raises(ValueError, match='confidence must be'):
+        ranking.add(np.zeros((3, 3)), estimate, truth)
