@@ -29,7 +29,7 @@ from flow_ros.training.sample_augment import AugmentConfig
 from flow_ros.training.sample_loading import DataSetShare, PROCEDURAL
 
 PRECISIONS: tuple[str, ...] = ('bf16-mixed', '32-true')
-ANNEALS: tuple[str, ...] = ('cosine', 'linear')
+ANNEALS: tuple[str, ...] = ('cosine', 'linear', 'steps')
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,12 @@ class Recipe:
     epsilon: float = 1e-8
     warmup: float = 0.04
     """Share of the run in which the learning rate rises."""
+    warmup_rate: float | None = None
+    """None: it rises from a twentieth; else it is this share of the full rate all the time."""
     anneal: str = 'cosine'
-    """How it falls afterwards: cosine or linear (RAFT's and DIP's OneCycle)."""
+    """How it falls afterwards: cosine or linear (RAFT's and DIP's OneCycle), or in steps."""
+    milestones: tuple[float, ...] = ()
+    """Shares of the run at which ``anneal: steps`` halves the learning rate."""
     clip: float = 1.0
     """Largest norm of the gradient."""
     ema: float = 0.998
@@ -192,6 +196,13 @@ def check_recipe(recipe: Recipe, where: str) -> None:
             f'precision must be one of {", ".join(PRECISIONS)}; seen {recipe.precision!r}')
     require(recipe.anneal in ANNEALS,
             f'anneal must be one of {", ".join(ANNEALS)}; seen {recipe.anneal!r}')
+    milestones = recipe.milestones
+    require(all(0 < share < 1 for share in milestones)
+            and list(milestones) == sorted(set(milestones)),
+            f'milestones must be shares of the run above 0 and below 1, ascending; seen '
+            f'{list(milestones)}')
+    require(bool(milestones) <= (recipe.anneal == 'steps'), f'milestones belong to anneal: '
+            f'steps; seen anneal {recipe.anneal!r}')
     require(bool(recipe.data), 'data must name at least one data set, or be left out for the '
             'procedural world')
     require(bool(recipe.stages) and recipe.stages[-1].until >= 1,
@@ -280,7 +291,8 @@ _RANGES: Mapping[type[Any], Sequence[tuple[str, Callable[[Any], bool], str]]] = 
         Recipe: {_COUNT: 'steps accumulate iterations reuse log_every',
                  _POSITIVE: 'minutes learning_rate epsilon clip',
                  _NOT_NEGATIVE: 'seed weight_decay matching workers',
-                 _BELOW_1: 'warmup ema', _ABOVE_0: 'gamma', _SHARE: 'warm warm_real',
+                 _BELOW_1: 'warmup ema', _ABOVE_0: 'gamma warmup_rate',
+                 _SHARE: 'warm warm_real',
                  (lambda values: all(0 <= value < 1 for value in values),
                   'from 0 to below 1'): 'betas'},
         Stage: {_ABOVE_0: 'until exponent', _COUNT: 'batch', _COUNTS: 'render crop',

@@ -14,7 +14,7 @@
 
 """Trains a network by a recipe, on a CPU or GPUs, alone or by torchrun, and resumes exactly."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 import json
@@ -196,7 +196,9 @@ class Trainer:
         recipe, began = self.recipe, time.monotonic()
         stage = next(stage for stage in recipe.stages if share < stage.until or stage.until >= 1)
         part = replace(stage, batch=stage.batch // recipe.accumulate)
-        rate = recipe.learning_rate * schedule(share, recipe.warmup, recipe.anneal)
+        rate = recipe.learning_rate * schedule(
+            share, recipe.warmup, recipe.anneal, warmup_rate=recipe.warmup_rate,
+            milestones=recipe.milestones)
         for group in self.optimizer.param_groups:
             group['lr'] = rate
         self.network.train()
@@ -522,9 +524,16 @@ class Window:
         return ', '.join([f'step {progress.step}', *shown])
 
 
-def schedule(share: float, warmup: float, anneal: str = 'cosine') -> float:
-    """Return the learning rate's factor: a linear rise, then half a cosine or a line to zero."""
+def schedule(share: float, warmup: float, anneal: str = 'cosine', *,
+             warmup_rate: float | None = None, milestones: Sequence[float] = ()) -> float:
+    """Return the learning rate's factor at ``share`` of the run.
+
+    A linear rise over the share ``warmup``, or ``warmup_rate`` all through it; then half a
+    cosine or a line to zero, or, with anneal 'steps', 1, halved at each of ``milestones``.
+    """
     if share < warmup:
-        return 0.05 + 0.95 * share / warmup
+        return 0.05 + 0.95 * share / warmup if warmup_rate is None else warmup_rate
+    if anneal == 'steps':
+        return 0.5 ** sum(share >= milestone for milestone in milestones)
     left = (1 - share) / max(1 - warmup, 1e-9)
     return max(0.002, left if anneal == 'linear' else 0.5 * (1 - math.cos(math.pi * left)))

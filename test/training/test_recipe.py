@@ -47,7 +47,8 @@ def test_what_a_run_was_made_of_is_read_back(tmp_path: Path) -> None:
         stages=(Stage(0.5, 8, (64, 64), (64, 64), 30), Stage(1.0, 4, (80, 96), (64, 80))),
         validation=Validation(every_minutes=None, iterations=(3,), data=(
             DataSetShare('kitti2015', 'KITTI'),)))
-    for changed in (recipe, replace(recipe, steps=None, minutes=3.5), Recipe()):
+    stepped = replace(recipe, anneal='steps', milestones=(0.25, 0.5), warmup_rate=0.01)
+    for changed in (recipe, replace(recipe, steps=None, minutes=3.5), stepped, Recipe()):
         path.write_text(recipe_text(changed))
         assert read_recipe(path) == changed
 
@@ -85,7 +86,11 @@ STAGE = {'until': 1.0, 'batch': 2, 'render': [64, 64], 'crop': [64, 64]}
     ({'steps': 0}, 'steps must be at least 1'),
     ({'minutes': 0}, 'minutes must be positive'),
     ({'precision': '16-mixed'}, "one of bf16-mixed, 32-true; seen '16-mixed'"),
-    ({'anneal': 'step'}, "one of cosine, linear; seen 'step'"),
+    ({'anneal': 'step'}, "one of cosine, linear, steps; seen 'step'"),
+    ({'anneal': 'steps', 'milestones': [0.5, 0.2]}, 'above 0 and below 1, ascending; seen'),
+    ({'anneal': 'steps', 'milestones': [0.5, 1.0]}, 'above 0 and below 1, ascending; seen'),
+    ({'milestones': [0.5]}, "milestones belong to anneal: steps; seen anneal 'cosine'"),
+    ({'warmup_rate': 0}, 'warmup_rate must be above 0 and at most 1; seen 0'),
     ({'data': []}, 'data must name at least one data set'),
     ({'data': [{'name': 'sintel'}]}, 'data 1: .*sintel: root must name its folder'),
     ({'data': [{'name': 'sintel', 'root': 'a', 'ratio': 0}]}, 'ratio must be more than 0'),

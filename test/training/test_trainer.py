@@ -419,6 +419,19 @@ def test_only_the_newest_checkpoints_are_kept_and_what_is_unfinished_is_none(
     assert all(path.stat().st_size < 16 << 20 for path in tmp_path.rglob('*'))
 
 
+def test_the_learning_rate_is_halved_at_the_milestones() -> None:
+    factors = {share: schedule(share, 0.1, 'steps', warmup_rate=0.01, milestones=(0.5, 0.75))
+               for share in (0.0, 0.09, 0.1, 0.49, 0.5, 0.74, 0.75, 1.0)}
+    assert list(factors.values()) == [0.01, 0.01, 1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
+def test_a_step_uses_the_milestones_of_its_recipe(tmp_path: Path) -> None:
+    trainer = Trainer(recipe=replace(TINY, anneal='steps', milestones=(0.5,)),
+                      folder=tmp_path, device=CPU)
+    rates = [trainer.step(share).values['lr'] for share in (0.4, 0.6)]
+    assert rates == [TINY.learning_rate, TINY.learning_rate / 2]
+
+
 @pytest.mark.parametrize('anneal', ['cosine', 'linear'])
 def test_the_schedule_rises_and_ends_near_zero(anneal: str) -> None:
     factors = [schedule(share / 100, 0.04, anneal) for share in range(101)]
