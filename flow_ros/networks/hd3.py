@@ -592,10 +592,7 @@ class HD3(FlowNetwork):
             other = torch.cat(flow.chunk(2)[::-1])
             inputs.append(flow_cues(flow, other).to(kind))
         # (N, 81 + features + 81 + 2 + cues, h, w); at level 0 cost and cues alone
-        # In one memory layout, or each convolution that reads the result changes it again.
-        joined = torch.cat([each.contiguous(memory_format=torch.channels_last)
-                            for each in inputs], dim=1)
-        logits, *rest = self.get_submodule(f'Decoder_{level}')(joined)
+        logits, *rest = self.get_submodule(f'Decoder_{level}')(_joined(inputs))
         residual, probability = density_to_vector(logits.float())
         return (flow + residual, probability, logits, *rest)
 
@@ -793,6 +790,22 @@ def _check_pair(features_a: Features, features_b: Features) -> None:
     if features_a.size != features_b.size or shapes[0] != shapes[1]:
         raise ValueError(f'both frames must have one size and batch; seen {features_a.size} and '
                          f'{features_b.size}, features {shapes[0]} and {shapes[1]}')
+
+
+def _joined(maps: list[Tensor]) -> Tensor:
+    """Stack ``maps`` on their channels, in the memory layout that convolutions are fastest in.
+
+    Otherwise each convolution that reads the result would change the layout again, and batch
+    norm would get its gradient in the strides of the stack: both cost more than the work itself.
+    """
+    for values in maps:
+        if values.requires_grad:
+            values.register_hook(_channels_last)
+    return torch.cat([_channels_last(values) for values in maps], dim=1)
+
+
+def _channels_last(values: Tensor) -> Tensor:
+    return values.contiguous(memory_format=torch.channels_last)
 
 
 def _resize(values: Tensor, size: tuple[int, int]) -> Tensor:

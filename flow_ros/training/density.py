@@ -42,6 +42,15 @@ class DensityTarget:
     reached: Tensor
 
 
+@dataclass(frozen=True)
+class ResidualTarget:
+    """What ``DensityTarget`` is made of: ``residual`` (B, 2, h, w), level px, not clamped."""
+
+    residual: Tensor
+    valid: Tensor
+    reached: Tensor
+
+
 def density_loss(logits: list[Tensor], vectors: list[Tensor], truth: Tensor, *,
                  sparse: bool = False, keep: float | None = None,
                  prior: Tensor | None = None) -> Tensor:
@@ -58,15 +67,38 @@ def density_loss(logits: list[Tensor], vectors: list[Tensor], truth: Tensor, *,
     loss = truth.new_zeros(())
     previous = prior
     for level_logits, vector in zip(logits, vectors):
-        target = density_target(truth, previous, _size(level_logits), sparse=sparse,
-                                radius=radius_of(level_logits.shape[1]))
-        divergence = density_divergence(level_logits, target)
+        target = residual_target(truth, previous, _size(level_logits), sparse=sparse,
+                                 radius=radius_of(level_logits.shape[1]))
+        divergence = residual_divergence(level_logits, target)
         if keep is None:
             loss = loss + divergence.mean()
         else:
             loss = loss + max_pooled(divergence, target.valid, keep, reached=target.reached)
         previous = vector
     return loss
+
+
+def residual_divergence(logits: Tensor, target: ResidualTarget) -> Tensor:
+    """Return KL(target || softmax(logits)) of each pixel, (B, 1, h, w); 0 where not valid.
+
+    As the target has four bins, no map of the density's size is made but the softmax.
+    ``density_divergence`` is the same in plain words.
+    """
+    radius = radius_of(logits.shape[1])
+    side = 2 * radius + 1
+    shifted = target.residual.clamp(-radius, radius) + radius  # 0..2r
+    lower = shifted.floor().clamp(max=side - 2)  # so that the bin above exists
+    part = shifted - lower
+    x, y = part[:, :1], part[:, 1:]
+    weights = torch.cat([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], dim=1)
+    first = (lower[:, 1:] * side + lower[:, :1]).long()  # (B, 1, h, w)
+    bins = torch.cat([first, first + 1, first + side, first + side + 1], dim=1)
+    # Over the last dimension: where the planes lie in memory if convolutions made them.
+    log = functional.log_softmax(logits.float().permute(0, 2, 3, 1), dim=-1)  # (B, h, w, planes)
+    cross = -(weights * log.gather(3, bins.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+    entropy = -torch.special.xlogy(weights, weights)
+    divergence = (cross - entropy).sum(dim=1, keepdim=True)
+    return torch.where(target.valid, divergence, 0.0)
 
 
 def density_divergence(logits: Tensor, target: DensityTarget) -> Tensor:
@@ -80,10 +112,22 @@ def density_target(truth: Tensor, previous: Tensor | None, size: tuple[int, int]
                    radius: int = 4, sparse: bool = False) -> DensityTarget:
     """Return the density that is bilinear about the true residual at a level of ``size``.
 
-    The residual is (truth - previous) / s, in level px, where s is the level's cell in px;
-    clamped to +-radius, it is splatted on its four integer neighbours. Dense truth is resized
-    bilinearly (a pixel into which unknown truth enters is not valid); of ``sparse`` truth the
-    known part of each cell is averaged. ``previous``: the coarser level's flow in
+    ``residual_target`` says what the residual is; clamped to +-radius, it is splatted on its
+    four integer neighbours.
+    """
+    target = residual_target(truth, previous, size, radius=radius, sparse=sparse)
+    return DensityTarget(density=splat(target.residual, radius) * target.valid,
+                         valid=target.valid, reached=target.reached)
+
+
+@torch.no_grad()
+def residual_target(truth: Tensor, previous: Tensor | None, size: tuple[int, int], *,
+                    radius: int = 4, sparse: bool = False) -> ResidualTarget:
+    """Return the true residual at a level of ``size``.
+
+    It is (truth - previous) / s, in level px, where s is the level's cell in px. Dense truth is
+    resized bilinearly (a pixel into which unknown truth enters is not valid); of ``sparse``
+    truth the known part of each cell is averaged. ``previous``: the coarser level's flow in
     full-resolution px, resized bilinearly; None at the first level.
     """
     if sparse:
@@ -98,8 +142,7 @@ def density_target(truth: Tensor, previous: Tensor | None, size: tuple[int, int]
         flow = flow - _resize(previous, size)
     residual = flow.nan_to_num(0.0) * (size[1] / truth.shape[-1])
     reached = (residual.abs() <= radius).all(dim=1, keepdim=True)
-    density = splat(residual, radius)
-    return DensityTarget(density=density * valid, valid=valid, reached=reached)
+    return ResidualTarget(residual=residual, valid=valid, reached=reached)
 
 
 def _resize(values: Tensor, size: tuple[int, int]) -> Tensor:
