@@ -251,6 +251,8 @@ class MSCSL(FlowNetwork):
     default_iterations = len(SCALES)
     engines = ('encode', 'step0', 'step1', 'step2', 'step3', 'finish')
     accepts_prior = False
+    budget_unit = 'scales'
+    free_options = frozenset({'variant'})  # 'full' is trained from 'wor'; 'wosr' has other keys
 
     def __init__(self, config: MSCSLConfig | None = None) -> None:
         super().__init__()

@@ -212,3 +212,19 @@ def test_a_family_without_weights_names_the_models_it_has(models: Path) -> None:
     with pytest.raises(WeightsError, match=(
             r"no weights for 'hd3'.*flow_ros import-weights FILE.*use .*hd3_small.*of this fam")):
         create('hd3', 'default')
+
+
+def test_what_does_not_change_the_meaning_of_the_weights_may_be_asked_for(tmp_path: Path) -> None:
+    small = {'widths': (8, 8, 8), 'features': 8, 'state': 8, 'head': 8}
+    save(create('mscsl', variant='wor', **small), tmp_path / 'wor.safetensors')
+    assert create('mscsl', tmp_path / 'wor.safetensors').options() == {'variant': 'wor', **small}
+    # The next stage of its training is the same network with another loss.
+    assert create('mscsl', tmp_path / 'wor.safetensors', variant='full').options() == small
+    with pytest.raises(WeightsError, match='missing|not known'):
+        create('mscsl', tmp_path / 'wor.safetensors', variant='wosr')
+    vgg = {'encoder': 'vgg', 'context': False, 'decoder_width': 8}
+    save(create('hd3', calibration=(0.5, 0.1), **vgg), tmp_path / 'hd3.safetensors')
+    taught = create('hd3', tmp_path / 'hd3.safetensors', stop_gradients=True)
+    assert taught.options() == {**vgg, 'calibration': (0.5, 0.1), 'stop_gradients': True}
+    with pytest.raises(WeightsError, match="made with cost='warp', but cost='sample' was asked"):
+        create('hd3', tmp_path / 'hd3.safetensors', cost='sample')

@@ -528,6 +528,34 @@ def test_hd3_streams_and_its_budget_counts_levels(runtime, tmp_path, monkeypatch
     assert dict(getattr(flow.runtime, '_engines', {})).keys() == prepared.keys()
 
 
+@pytest.mark.parametrize('runtime', ['torch', 'openvino'])
+def test_mscsl_streams_cold_and_its_budget_counts_scales(runtime, tmp_path, monkeypatch):
+    if runtime == 'openvino':
+        pytest.importorskip('openvino', reason='OpenVINO is not installed')
+    monkeypatch.setenv('FLOW_ROS_CACHE', str(tmp_path))
+    torch.manual_seed(0)
+    network = create('mscsl', widths=(8, 16, 24), features=16, state=16, head=16,
+                     radii=(2, 2, 3, 3))
+    frames = [pan(k, speed=4)[:128, :192] for k in range(3)]
+    with torch.inference_mode():
+        images = [torch.from_numpy(frame.copy()).permute(2, 0, 1)[None].float()
+                  for frame in frames]
+        expected = {scales: network(*images[:2], iterations=scales).flow for scales in (1, 4)}
+    flow = estimator(network=network, runtime=runtime)
+    flow.prepare(128, 192)
+    prepared = dict(getattr(flow.runtime, '_engines', {}))
+    for scales in (1, 4, 9):
+        flow.budget = Budget(iterations=scales)
+        flow.reset()
+        results = [flow(frame, k * DT) for k, frame in enumerate(frames)]
+        assert [step.level for step in results[1].steps] == [64, 32, 16, 8][:scales]
+        for result in results[1:]:
+            assert (result.warm, result.cold_reason) == (False, 'mscsl takes no prior flow')
+        wanted = expected[min(scales, 4)][0].permute(1, 2, 0).numpy()
+        assert np.abs(results[1].flow - wanted).max() < 1e-3
+    assert dict(getattr(flow.runtime, '_engines', {})).keys() == prepared.keys()
+
+
 class Forgetful(BlockMatching):
     """A network that takes no prior flow."""
 

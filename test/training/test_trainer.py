@@ -17,6 +17,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 import json
+import math
 import os
 from pathlib import Path
 import resource
@@ -113,6 +114,17 @@ def test_a_run_ends_in_time_with_calibrated_weights_that_know_their_recipe(
     assert {'cold_1/epe', 'cold_2/fl_all', 'warm_1/outliers_1px'} <= metrics.keys()
     assert log_of(tmp_path, validation=True)[-1]['validation'] == pytest.approx(metrics, rel=1e-4)
     assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_the_confidence_of_hd3_is_fitted_and_saved_with_its_options(tmp_path: Path) -> None:
+    small = {'encoder': 'vgg', 'decoder': 'resnet', 'context': False, 'decoder_width': 8}
+    recipe = replace(TINY, network='hd3', options=small, steps=1,
+                     stages=(Stage(1.0, 2, (72, 88), (64, 64)),), validation=SMALL)
+    Trainer(recipe=recipe, folder=tmp_path, device=CPU).run()
+    network = create('hd3', tmp_path / 'weights.safetensors')
+    calibration = network.options().pop('calibration')
+    assert calibration != (1.0, 0.0) and all(map(math.isfinite, calibration))
+    assert network.options() == {**small, 'calibration': calibration}
 
 
 def test_the_loss_of_one_batch_falls(tmp_path: Path) -> None:
