@@ -72,7 +72,7 @@ class Parameter:
 
 PARAMETERS: tuple[Parameter, ...] = (
     Parameter('network', 'dip_rt', 'The network: `dip_rt`, `dip`, `hd3`, `mscsl`, or the name of '
-              'a model, shipped (`hd3_compact`) or imported with `flow_ros import-weights`.',
+              'a model, such as `hd3_compact` or one imported with `flow_ros import-weights`.',
               read_only=True),
     Parameter('weights', 'default', 'Its weights: `default` (those of the model) or the '
               'path of a file (safetensors, or a published checkpoint).', read_only=True),
