@@ -22,26 +22,32 @@ The JSON file is written after every variant, and what it holds is not trained a
 """
 
 import argparse
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-import json
 from pathlib import Path
-import platform
 import time
 from typing import Any
 
-import numpy as np
+from small_training import (
+    cells,
+    evaluate,
+    held_out_batches,
+    images,
+    read,
+    runs_of,
+    train,
+    training_batches,
+    wait,
+    write,
+    zero_flow,
+)
 import torch
-from torch import Generator, nn, Tensor
+from torch import Generator, Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from flow_ros.evaluation.metrics import flow_metrics
 from flow_ros.networks import count_parameters, create
 from flow_ros.networks.dip_rt import DipRt
 from flow_ros.ops.matching import shifted_flows
-from flow_ros.synthetic.camera import CLEAN
-from flow_ros.synthetic.world import World, WorldConfig
 from flow_ros.training.augment import Batch
 from flow_ros.training.losses import (
     matching_loss,
@@ -50,17 +56,13 @@ from flow_ros.training.losses import (
     sequence_loss,
     SHARPNESS,
 )
-from flow_ros.training.procedural import Procedural
 from flow_ros.training.recipe import Stage
-from flow_ros.training.trainer import schedule
 
 MOTION_PX = 24.0
 TRAIN = Stage(1.0, batch=4, render=(160, 192), crop=(128, 160), largest_motion_px=MOTION_PX)
 HELD_OUT = Stage(1.0, batch=4, render=(224, 288), crop=(192, 256), largest_motion_px=MOTION_PX)
-HELD_OUT_SEED = 1_000_003
 ITERATIONS = 4
 TIMED = (480, 640)
-MEASURES = ('epe', 'fl_all', 'outliers_1px')
 
 
 @dataclass(frozen=True)
@@ -116,66 +118,48 @@ def main() -> None:
     settings = {'steps': options.steps, 'batch': TRAIN.batch, 'crop': list(TRAIN.crop),
                 'learning_rate': options.learning_rate, 'motion_px': MOTION_PX,
                 'held_out': options.held_out, 'iterations': ITERATIONS}
-    results = _read(options.json, settings)
-    held_out = list(_batches(HELD_OUT, HELD_OUT_SEED, -(-options.held_out // HELD_OUT.batch),
-                             device, reuse=1))
-    still = [flow_metrics(np.zeros_like(truth), truth) for batch in held_out
-             for truth in batch.flow.permute(0, 2, 3, 1).cpu().numpy()]
-    results['zero_flow'] = {key: float(np.mean([one[key] for one in still]))
-                            for key in MEASURES}
+    results = read(options.json, settings)
+    held_out = held_out_batches(HELD_OUT, options.held_out, device)
+    results['zero_flow'] = zero_flow(held_out)
     for seed in range(options.seeds):
         todo = [name for name in options.variants if f'{name} #{seed}' not in results['runs']]
         if not todo:
             continue
-        batches = list(tqdm(_batches(TRAIN, seed, options.steps, device), unit='batch',
-                            total=options.steps, desc=f'world, seed {seed}'))
+        batches = training_batches(TRAIN, seed, options.steps, device)
         for name in todo:
-            began = time.monotonic()
-            network, loss = train(VARIANTS[name], batches, seed, options.learning_rate, name)
-            results['runs'][f'{name} #{seed}'] = {
-                **evaluate(network, held_out, VARIANTS[name]), 'loss': loss,
-                'parameters': count_parameters(network),
-                'train_s': round(time.monotonic() - began)}
-            _write(options.json, results)
+            results['runs'][f'{name} #{seed}'] = run(
+                VARIANTS[name], batches, held_out, seed, options.learning_rate, name)
+            write(options.json, results)
     for name, fastest in milliseconds(options.variants, device).items():
         results['ms'][name] = min(fastest, results['ms'].get(name, float('inf')))
-    _write(options.json, results)
+    write(options.json, results)
     print(tables(results))
 
 
-def train(variant: Variant, batches: list[Batch], seed: int, learning_rate: float,
-          name: str) -> tuple[DipRt, float]:
-    """Train ``variant`` on ``batches``, once each: the network, and the mean loss at the end."""
-    device = batches[0].flow.device
+def run(variant: Variant, batches: list[Batch], held_out: list[Batch], seed: int,
+        learning_rate: float, name: str) -> dict[str, float]:
+    """Train ``variant`` on ``batches``, once each, and measure it."""
+    began = time.monotonic()
     torch.manual_seed(seed)  # the initial weights
     network = create('dip_rt', **variant.options)
     assert isinstance(network, DipRt)
-    network = network.to(device).to(  # type: ignore[call-overload]
-        memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, weight_decay=1e-4)
-    random = Generator().manual_seed(seed)
-    losses = []
-    for step, batch in enumerate(tqdm(batches, unit='step', desc=name, mininterval=5)):
-        for group in optimizer.param_groups:
-            group['lr'] = learning_rate * schedule(step / len(batches), 0.04)
-        loss = training_loss(network, batch, variant, random)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        if bool(torch.isfinite(norm)):
-            optimizer.step()
-        losses.append(float(loss.detach()))
-    return network, float(np.mean(losses[-max(1, len(losses) // 10):]))
+    network.to(batches[0].flow.device)
+    loss = train(network, batches,
+                 lambda batch, random: training_loss(network, batch, variant, random),
+                 seed=seed, learning_rate=learning_rate, name=name)
+    random = Generator().manual_seed(20)
+    measured = evaluate(network, lambda batch: estimate(network, batch, variant, random),
+                        held_out)
+    return {**measured, 'loss': loss, 'parameters': count_parameters(network),
+            'train_s': round(time.monotonic() - began)}
 
 
 def training_loss(network: DipRt, batch: Batch, variant: Variant, random: Generator) -> Tensor:
     """Return the trainer's loss for dip_rt; the same draws of ``random`` for every variant."""
     steps16, steps8 = (int(count) for count in torch.randint(2, 5, (2,), generator=random))
     start = start_flow(batch.flow, random)
-    images = [image.float().contiguous(memory_format=torch.channels_last)
-              for image in (batch.image1, batch.image2)]
     with torch.autocast(batch.flow.device.type, torch.bfloat16):
-        seen = network.predictions(*images, steps16=steps16, steps8=steps8,
+        seen = network.predictions(*images(batch), steps16=steps16, steps8=steps8,
                                    prior_flow=start if variant.random_start else None)
     flow = seen.flow.float()
     occlusion = batch.occlusion
@@ -219,21 +203,13 @@ def start_flow(like: Tensor, random: Generator) -> Tensor:
     return noise.repeat_interleave(16, 2).repeat_interleave(16, 3).to(like.device)
 
 
-@torch.no_grad()
-def evaluate(network: DipRt, batches: list[Batch], variant: Variant) -> dict[str, float]:
-    """Return the mean measures over all pairs of ``batches``."""
-    network.eval()
-    random = Generator().manual_seed(20)
-    rows = []
-    for batch in batches:
-        start = start_flow(batch.flow, random)
-        flow = network.predictions(batch.image1.float(), batch.image2.float(),
-                                   steps16=ITERATIONS, steps8=ITERATIONS,
-                                   prior_flow=start if variant.random_start else None).flow
-        for estimate, truth in zip(flow, batch.flow):
-            rows.append(flow_metrics(estimate.permute(1, 2, 0).cpu().numpy(),
-                                     truth.permute(1, 2, 0).cpu().numpy()))
-    return {key: float(np.mean([row[key] for row in rows])) for key in MEASURES}
+def estimate(network: DipRt, batch: Batch, variant: Variant, random: Generator) -> Tensor:
+    """Return the flow of ``batch`` (B, 2, H, W)."""
+    start = start_flow(batch.flow, random)
+    flow: Tensor = network.predictions(batch.image1.float(), batch.image2.float(),
+                                       steps16=ITERATIONS, steps8=ITERATIONS,
+                                       prior_flow=start if variant.random_start else None).flow
+    return flow
 
 
 @torch.no_grad()
@@ -249,11 +225,11 @@ def milliseconds(names: list[str], device: torch.device, rounds: int = 20) -> di
         for name, network in networks.items():
             features = network.encode(image)
             state = network.start(features, features, iterations=1)
-            _wait(device)
+            wait(device)
             began = time.perf_counter()
             while state.schedule:
                 state = network.step(state)
-            _wait(device)
+            wait(device)
             best[name] = min(best[name], 1e3 * (time.perf_counter() - began))
     return best
 
@@ -272,57 +248,13 @@ def tables(results: dict[str, Any]) -> str:
                   '| Variant | EPE, px | Fl-all, % | 1px outliers, % | parameters | '
                   'ms per iteration | runs |', '|---|---|---|---|---|---|---|']
         for name in names:
-            runs = [run for key, run in results['runs'].items()
-                    if key.rpartition(' #')[0] == name]
+            runs = runs_of(results, name)
             if not runs or name not in results['ms']:
                 continue
-            cells = [_spread([run[key] for run in runs], digits)
-                     for key, digits in zip(MEASURES, (2, 1, 1))]
-            lines.append(f'| {VARIANTS[name].label} | {" | ".join(cells)} | '
+            lines.append(f'| {VARIANTS[name].label} | {cells(runs)} | '
                          f'{runs[0]["parameters"]:,} | {results["ms"][name]:.0f} | '
                          f'{len(runs)} |')
     return '\n'.join(lines)
-
-
-def _spread(values: list[float], digits: int) -> str:
-    mean = f'{np.mean(values):.{digits}f}'
-    if len(values) == 1:
-        return mean
-    return f'{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})'
-
-
-def _batches(stage: Stage, seed: int, count: int, device: torch.device,
-             reuse: int = 2) -> Iterator[Batch]:
-    """Yield the batches of a world of its own; images as bytes, to keep them all."""
-    world = World(seed=seed, device=device, config=WorldConfig(surfaces=96, bank_objects=192,
-                                                               camera=CLEAN))
-    data = Procedural(world, reuse=reuse, keep=4 if reuse > 1 else 1, frames=2)
-    for step in range(count):
-        batch = data.batch(step, stage, Generator().manual_seed(seed * 1_000_003 + step))
-        yield Batch(batch.image1.byte(), batch.image2.byte(), batch.flow, batch.occlusion)
-
-
-def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the results in ``path``, if they were made with the same settings."""
-    if path.exists():
-        results: dict[str, Any] = json.loads(path.read_text())
-        if results['settings'] != settings:
-            raise SystemExit(f'{path} was made with {results["settings"]}, not {settings}: '
-                             f'give another --json file')
-        return results
-    threads = torch.get_num_threads()
-    machine = (f'{platform.machine()}, {threads} thread{"s" if threads > 1 else ""}, torch '
-               f'{torch.__version__.partition("+")[0]}, bfloat16 autocast')
-    return {'settings': settings, 'machine': machine, 'ms': {}, 'runs': {}}
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    path.write_text(json.dumps(results, indent=1) + '\n')
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
 
 
 if __name__ == '__main__':
