@@ -107,7 +107,7 @@ def estimate_pair(network: 'FlowNetwork', image1: 'Tensor', image2: 'Tensor', *,
 
 def network_estimator(network: 'FlowNetwork', *, iterations: int | None = None,
                       runtime: str = 'torch') -> Estimator:
-    """Return an estimator that runs ``network`` cold, with ``iterations`` per level.
+    """Return an estimator that runs ``network`` cold, with a budget of ``iterations``.
 
     ``runtime`` 'torch' runs the network's own code where its parameters are and leaves its
     training mode as it was; other names make a runtime (see ``flow_ros.runtimes``).

@@ -29,7 +29,7 @@ import torch
 from flow_ros.cli import finetune
 from flow_ros.cli.main import main
 from flow_ros.flow_io import write_flow, write_image
-from flow_ros.networks import create
+from flow_ros.networks import create, save
 from flow_ros.training.recipe import read_recipe, recipe_text, Stage
 
 COUNT = 11
@@ -145,6 +145,16 @@ def test_truncated_images_are_left_out_with_the_pairs_about_them(
 def test_options_that_make_no_sense(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                     arguments: list[str], message: str) -> None:
     assert message in refused([*arguments, '--out', str(tmp_path / 'out')], capsys)
+
+
+def test_a_network_that_cannot_learn_without_labels_is_told_before_the_work(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('FLOW_ROS_MODELS', str(tmp_path))
+    save(create('hd3', encoder='vgg', context=False, decoder_width=8),
+         tmp_path / 'small.safetensors')
+    said = refused(['--source', 'x', '--network', 'small', '--out', str(tmp_path / 'out')], capsys)
+    assert '--network small: hd3 cannot learn without labels' in said and '--data' in said
 
 
 def test_a_file_is_no_folder_to_write_into(tmp_path: Path,
