@@ -50,7 +50,8 @@ def batches(stage: Stage, seed: int, count: int, device: torch.device,
     data = Procedural(world, reuse=reuse, keep=4 if reuse > 1 else 1, frames=2)
     for step in range(count):
         batch = data.batch(step, stage, Generator().manual_seed(seed * 1_000_003 + step))
-        yield Batch(batch.image1.byte(), batch.image2.byte(), batch.flow, batch.occlusion)
+        yield Batch(batch.image1.byte(), batch.image2.byte(), batch.flow, batch.occlusion,
+                    flow_back=batch.flow_back)
 
 
 def training_batches(stage: Stage, seed: int, count: int, device: torch.device) -> list[Batch]:

@@ -1,0 +1,199 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""IOFPL's ablation (its Table 1) at small scale: HD3's improvements, one upon the other.
+
+    python bench/iofpl.py --steps 500 --json bench/iofpl.json
+
+Trains the compact HD3 (VGG encoder, decoders of 64 channels) from nothing on the same batches of
+the procedural world in the same order, on both directions of every pair as the paper does, with
+the losses of ``flow_ros train``, and evaluates the forward flow on scenes of another seed.
+Prints the table. The JSON file is written after every run, and what it holds is not trained
+again.
+"""
+
+import argparse
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+import time
+from typing import Any
+
+from small_training import (
+    cells,
+    evaluate,
+    held_out_batches,
+    images,
+    read,
+    runs_of,
+    train,
+    training_batches,
+    wait,
+    write,
+    zero_flow,
+)
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from flow_ros.networks import count_parameters, create, FlowNetwork
+from flow_ros.training.augment import Batch
+from flow_ros.training.objectives import make_objective
+from flow_ros.training.recipe import Recipe, Stage
+
+MOTION_PX = 40.0
+TRAIN = Stage(1.0, batch=4, render=(160, 224), crop=(128, 192), largest_motion_px=MOTION_PX)
+HELD_OUT = Stage(1.0, batch=4, render=(224, 288), crop=(192, 256), largest_motion_px=MOTION_PX)
+TIMED = (448, 1024)
+COMPACT: dict[str, Any] = {'encoder': 'vgg', 'context': False, 'decoder_width': 64}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: options of the network, and of its objective."""
+
+    label: str
+    options: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+
+
+_STOPPED = {'stop_gradients': True}
+_SAMPLED = {**_STOPPED, 'cost': 'sample'}
+_SAD = {**_SAMPLED, 'measure': 'sad'}
+_CUED = {**_SAD, 'cues': True}
+VARIANTS = {
+    'baseline': Variant('HD3 baseline'),
+    'stop': Variant('+ gradient stopping', _STOPPED),
+    'sample': Variant('+ sampling', _SAMPLED),
+    'sad': Variant('+ SAD', _SAD),
+    'cues': Variant('+ flow cues', _CUED),
+    'max-pooling': Variant('+ loss max-pooling', _CUED, {'keep': 0.5}),
+    'no sad': Variant('all but SAD (as in `config/train/hd3_compact.yaml`)',
+                      {**_SAMPLED, 'cues': True}, {'keep': 0.5}),
+}
+
+
+def main() -> None:
+    """Train what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--steps', type=int, default=500, help='of training, per variant')
+    parser.add_argument('--seeds', type=int, default=1, help='runs of each variant')
+    parser.add_argument('--learning-rate', type=float, default=1e-3)
+    parser.add_argument('--held-out', type=int, default=48, help='pairs to evaluate on')
+    parser.add_argument('--variants', nargs='*', choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument('--json', type=Path, default=Path('iofpl.json'))
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    settings = {'steps': options.steps, 'batch': TRAIN.batch, 'crop': list(TRAIN.crop),
+                'learning_rate': options.learning_rate, 'motion_px': MOTION_PX,
+                'held_out': options.held_out}
+    results = read(options.json, settings)
+    held_out = held_out_batches(HELD_OUT, options.held_out, device)
+    results['zero_flow'] = zero_flow(held_out)
+    for seed in range(options.seeds):
+        todo = [name for name in options.variants if f'{name} #{seed}' not in results['runs']]
+        if not todo:
+            continue
+        batches = training_batches(TRAIN, seed, options.steps, device)
+        for name in todo:
+            began = time.monotonic()
+            torch.manual_seed(seed)  # the initial weights
+            network = make(name).to(device)
+            loss = train(network, batches, _loss(network, VARIANTS[name], device), seed=seed,
+                         learning_rate=options.learning_rate, name=name)
+            results['runs'][f'{name} #{seed}'] = {
+                **evaluate(network, _flow(network), held_out),
+                'loss': loss, 'parameters': count_parameters(network),
+                'train_s': round(time.monotonic() - began)}
+            write(options.json, results)
+    for name, fastest in milliseconds(options.variants, device).items():
+        results['ms'][name] = min(fastest, results['ms'].get(name, float('inf')))
+    write(options.json, results)
+    print(table(results))
+
+
+def make(name: str) -> FlowNetwork:
+    """Return the untrained network of a variant."""
+    return create('hd3', **COMPACT, **VARIANTS[name].options)
+
+
+def _loss(network: FlowNetwork, variant: Variant, device: torch.device
+          ) -> Callable[[Batch, Generator], Tensor]:
+    """Return what gives the loss of a batch: the objective of ``flow_ros train``."""
+    def autocast() -> AbstractContextManager[Any]:
+        return torch.autocast(device.type, torch.bfloat16)
+
+    objective = make_objective(Recipe(network='hd3', warm=0.0, objective=variant.objective),
+                               autocast)
+
+    def loss(batch: Batch, random: Generator) -> Tensor:
+        first, second = images(batch)
+        return objective(network, replace(batch, image1=first, image2=second), random).total
+
+    return loss
+
+
+def _flow(network: FlowNetwork) -> Callable[[Batch], Tensor]:
+    """Return what estimates the forward flow of a batch."""
+    return lambda batch: network(*images(batch)).flow
+
+
+@torch.no_grad()
+def milliseconds(names: list[str], device: torch.device, rounds: int = 5) -> dict[str, float]:
+    """Return the time of all five levels of one 1024x448 pair, the encoder left out.
+
+    The fastest of many rounds, the variants in turn: other work of the machine only ever adds.
+    """
+    networks = {name: make(name).to(device) for name in names}
+    best = dict.fromkeys(names, float('inf'))
+    image = 255 * torch.rand(1, 3, *TIMED, device=device)
+    for _ in tqdm(range(rounds), unit='round', desc='times'):
+        for name, network in networks.items():
+            features = network.encode(image)
+            wait(device)
+            began = time.perf_counter()
+            state = network.start(features, features)
+            while state.schedule:
+                state = network.step(state)
+            wait(device)
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - began))
+    return best
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the markdown table; with several seeds each measure has its spread."""
+    zero, settings = results['zero_flow'], results['settings']
+    lines = [f'{settings["steps"]} steps of {settings["batch"]} pairs, both directions, of '
+             f'{settings["crop"][1]}x{settings["crop"][0]} px, motion to '
+             f'{settings["motion_px"]:g} px; {settings["held_out"]} held-out pairs. '
+             f'{results["machine"]}.',
+             f'Zero flow has EPE {zero["epe"]:.2f} px, Fl-all {zero["fl_all"]:.1f} %, 1px '
+             f'{zero["outliers_1px"]:.1f} %.', '',
+             '| Variant | EPE, px | Fl-all, % | 1px outliers, % | parameters | ms, levels of '
+             '1024x448 | runs |', '|---|---|---|---|---|---|---|']
+    for name, variant in VARIANTS.items():
+        runs = runs_of(results, name)
+        if runs and name in results['ms']:
+            lines.append(f'| {variant.label} | {cells(runs)} | {runs[0]["parameters"]:,} | '
+                         f'{results["ms"][name]:.0f} | {len(runs)} |')
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    main()
