@@ -35,7 +35,11 @@ _COVERED = 0.9999
 
 _CHUNK_CPU = 2 ** 19
 _CHUNK_GPU = 2 ** 26
+_CHUNK_ENGINE = 2 ** 22
 """Numbers in the patches that are worked on at once."""
+
+_MOST_CHUNKS = 32
+"""Of an engine: each takes its time to compile."""
 
 
 def correlation(a: Tensor, b: Tensor, radius: int) -> Tensor:
@@ -117,7 +121,7 @@ def sampled_cost_volume(a: Tensor, b: Tensor, flow: Tensor, radius: int,
     first = (upper + (before - radius)) * across + (left + (before - radius))
     first = first.flatten(1)  # of each patch the first pixel in its image's rows
     if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        planes = _sampled_in_lines(own, rows, first, part_x, part_y, across, radius, measure)
+        planes = _sampled_plainly(own, rows, first, part_x, part_y, across, radius, measure)
     else:
         planes = _Sampled.apply(own, rows, first, part_x, part_y, across, radius, measure)
     return planes.transpose(1, 2).unflatten(2, (height, width))
@@ -236,36 +240,58 @@ def _lerp_transposed(gradient: Tensor, part: Tensor, dim: int) -> Tensor:
     return result
 
 
-def _sampled_in_lines(own: Tensor, rows: Tensor, first: Tensor, part_x: Tensor, part_y: Tensor,
-                      across: int, radius: int, measure: Measure) -> Tensor:
-    """Do what ``_Sampled`` does with operations every engine has, a line of all patches at once.
-
-    Returns (B, N, (2r+1)**2).
-    """
+def _sampled_plainly(own: Tensor, rows: Tensor, first: Tensor, part_x: Tensor, part_y: Tensor,
+                     across: int, radius: int, measure: Measure) -> Tensor:
+    """Do what ``_Sampled`` does with operations every engine has: (B, N, (2r+1)**2)."""
     batch, count, channels = own.shape
-    side = 2 * radius + 2
     images = torch.arange(batch, device=rows.device)[:, None] * rows.shape[1]
-    first = (first + images).reshape(-1, 1) + torch.arange(side, device=rows.device)
-    rows = rows.reshape(-1, channels)
-    own = own.reshape(-1, 1, channels)
+    first = (first + images).reshape(-1, 1)  # (B * N, 1)
+    rows, own = rows.reshape(-1, channels), own.reshape(-1, channels)
     part_x, part_y = part_x.reshape(-1, 1), part_y.reshape(-1, 1)
-    lines = []
-    previous = None
-    for index in range(side):
-        patch = rows.index_select(0, (first + index * across).flatten())
-        patch = patch.view(-1, side, channels)
-        if measure == 'dot':  # exact, as equation 2 is linear
-            values = (patch * own).mean(dim=2)
-            line = values[:, :-1] + (values[:, 1:] - values[:, :-1]) * part_x
-        else:
-            line = patch[:, :-1] + (patch[:, 1:] - patch[:, :-1]) * part_x[:, :, None]
-        if previous is not None and measure == 'dot':
+    plainly = _dot_plainly if measure == 'dot' else _sad_plainly
+    planes = plainly(own, rows, first, part_x, part_y, across, 2 * radius + 2)
+    return planes.view(batch, count, -1)
+
+
+def _dot_plainly(own: Tensor, rows: Tensor, first: Tensor, part_x: Tensor, part_y: Tensor,
+                 across: int, side: int) -> Tensor:
+    """Interpolate the products with whole pixels, which is exact: equation 2 is linear."""
+    taps = torch.arange(side, device=rows.device)
+    taps = (taps[:, None] * across + taps).reshape(1, -1)
+    own = (own * (1 / own.shape[1]))[:, :, None]  # (N, C, 1)
+    # In chunks, though each is a part of the graph: what stays in the cache is faster.
+    step = max(_CHUNK_ENGINE // (taps.shape[1] * own.shape[1]), -(-len(own) // _MOST_CHUNKS))
+    chunks = []
+    for start in range(0, len(own), step):
+        chunk = slice(start, start + step)
+        patch = rows.index_select(0, (first[chunk] + taps).flatten())
+        chunks.append(torch.matmul(patch.view(-1, taps.shape[1], own.shape[1]), own[chunk]))
+    products = torch.cat(chunks)[:, :, 0].to(part_x.dtype)  # (N, side**2)
+    lines: list[Tensor] = []
+    previous: Tensor | None = None
+    for values in products.split(side, dim=1):
+        line = values[:, :-1] + (values[:, 1:] - values[:, :-1]) * part_x
+        if previous is not None:
             lines.append(previous + (line - previous) * part_y)
-        elif previous is not None:
-            sampled = previous + (line - previous) * part_y[:, :, None]  # (B * N, 2r+1, C)
-            lines.append((sampled - own).abs().mean(dim=2))
         previous = line
-    return torch.cat(lines, dim=1).view(batch, count, -1)
+    return torch.cat(lines, dim=1)
+
+
+def _sad_plainly(own: Tensor, rows: Tensor, first: Tensor, part_x: Tensor, part_y: Tensor,
+                 across: int, side: int) -> Tensor:
+    """Interpolate the features, one line of all patches at a time."""
+    own, part_x, part_y = own[:, None], part_x[:, None], part_y[:, None]
+    taps = first + torch.arange(side, device=rows.device)  # (N, side)
+    lines: list[Tensor] = []
+    previous: Tensor | None = None
+    for index in range(side):
+        values = rows.index_select(0, (taps + index * across).flatten())
+        values = values.view(len(own), side, -1)
+        line = values[:, :-1] + (values[:, 1:] - values[:, :-1]) * part_x  # (N, 2r+1, C)
+        if previous is not None:
+            lines.append((previous + (line - previous) * part_y - own).abs().mean(dim=2))
+        previous = line
+    return torch.cat(lines, dim=1)
 
 
 def _check(a: Tensor, b: Tensor, flow: Tensor, measure: str) -> None:
