@@ -55,8 +55,9 @@ from flow_ros.networks.base import (
     State,
     Step,
 )
-from flow_ros.ops.cost_volume import sampled_cost_volume, warped_cost_volume
-from flow_ros.ops.flow_cues import flow_cues, PLANES as CUE_PLANES, reverse_flow
+from flow_ros.ops.cost_volume import Measure, sampled_cost_volume, warped_cost_volume
+from flow_ros.ops.flow_cues import flow_cues, reverse_flow
+from flow_ros.ops.flow_cues import PLANES as CUE_PLANES
 from flow_ros.ops.match_density import density_to_vector
 from flow_ros.ops.sampling import inside, warp
 
@@ -100,7 +101,7 @@ class HD3Config:
     """Cost volume: 'warp' (as published) or 'sample' (IOFPL equation 2)."""
     radius: int = 4
     """Search range of every level, level px: 4 as published, or 8 (IOFPL's CVr8)."""
-    measure: str = 'dot'
+    measure: Measure = 'dot'
     """Of a match: 'dot' (product, as published) or 'sad' (IOFPL equation 3)."""
     stop_gradients: bool = False
     """No gradient through the flow that goes from level to level (IOFPL 3.2)."""
@@ -496,6 +497,9 @@ class HD3(FlowNetwork):
     takes_calibration = True
     engines = ('encode', 'step0', 'step1', 'step2', 'step3', 'step4')
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, config: HD3Config = HD3Config()) -> None:
         super().__init__()
         self.config = config
@@ -730,7 +734,7 @@ class HD3(FlowNetwork):
             flow = torch.cat([flow, flow if prior_flow is None else reverse_flow(flow)])
         prior = None if prior_flow is None else flow * LEVELS[0]
         logits, vectors, confidences = [], [], []
-        rest: tuple[Tensor, ...] = ()
+        rest: list[Tensor] = []
         for index, (level, maps) in enumerate(zip(LEVELS, stacked.tensors)):
             # The stacked maps are those of frame a in the forward direction, then of frame a
             # in the backward one; exchanging the halves gives those of frame b.
