@@ -47,7 +47,8 @@ Volume = Callable[[Tensor, Tensor, Tensor, int, Measure], Tensor]
 def plain_cost_volume(a: Tensor, b: Tensor, flow: Tensor, radius: int,
                       measure: Measure) -> Tensor:
     """Return the sampled volume by one grid_sample per residual."""
-    points = pixel_grid(*a.shape[-2:], flow) + flow
+    height, width = a.shape[-2:]
+    points = pixel_grid(height, width, flow) + flow
     planes = []
     for dy in range(-radius, radius + 1):
         for dx in range(-radius, radius + 1):

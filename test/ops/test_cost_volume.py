@@ -49,7 +49,8 @@ def residuals(radius: int) -> list[tuple[int, int]]:
 def plainly_sampled(a: Tensor, b: Tensor, flow: Tensor, radius: int,
                     measure: Measure) -> Tensor:
     """Equations 2 and 3, one residual at a time."""
-    points = pixel_grid(*a.shape[-2:], flow) + flow
+    height, width = a.shape[-2:]
+    points = pixel_grid(height, width, flow) + flow
     return torch.stack([
         compare(a, sample(b, points + flow.new_tensor(shift).view(1, 2, 1, 1), 'zeros'), measure)
         for shift in residuals(radius)], dim=1)
@@ -68,8 +69,8 @@ def plainly_shifted(a: Tensor, b: Tensor, radius: int, measure: Measure) -> Tens
 def maps(size: tuple[int, int], channels: int = 5, batch: int = 2, motion: float = 4.0,
          kind: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(2, batch, channels, *size, generator=generator, dtype=kind)
-    return a, b, torch.randn(batch, 2, *size, generator=generator, dtype=kind) * motion
+    a, b = torch.randn((2, batch, channels, *size), generator=generator, dtype=kind)
+    return a, b, motion * torch.randn((batch, 2, *size), generator=generator, dtype=kind)
 
 
 # Against the equations.
@@ -115,7 +116,7 @@ def test_far_targets_see_zeros_and_disturb_nobody(far: float, measure: Measure) 
     alone = 0 * a[1, 0, 3, 5] if measure == 'dot' else a[1, :, 3, 5].abs().mean()
     assert torch.allclose(found[1, :, 3, 5], alone.expand(81), atol=1e-6)
     found.sum().backward()
-    assert torch.isfinite(a.grad).all()
+    assert a.grad is not None and torch.isfinite(a.grad).all()
     found, quiet = found.detach().clone(), quiet.clone()
     found[1, :, 3, 5] = quiet[1, :, 3, 5] = 0
     assert torch.allclose(found, quiet, atol=1e-6)
@@ -191,12 +192,12 @@ def test_gradients_to_both_maps_and_the_flow(measure: Measure) -> None:
 @pytest.mark.parametrize('measure', MEASURES)
 @pytest.mark.parametrize('radius', [4, 8])
 def test_gradients_are_those_of_the_plain_form(radius: int, measure: Measure) -> None:
-    inputs = [values.requires_grad_() for values in maps((9, 14))]
+    a, b, flow = inputs = [values.requires_grad_() for values in maps((9, 14))]
     weight = torch.randn(2, (2 * radius + 1) ** 2, 9, 14, dtype=torch.float64)
     found = torch.autograd.grad(
-        (sampled_cost_volume(*inputs, radius, measure) * weight).sum(), inputs)
+        (sampled_cost_volume(a, b, flow, radius, measure) * weight).sum(), inputs)
     plain = torch.autograd.grad(
-        (plainly_sampled(*inputs, radius, measure) * weight).sum(), inputs)
+        (plainly_sampled(a, b, flow, radius, measure) * weight).sum(), inputs)
     for one, other in zip(found, plain):
         assert torch.allclose(one, other, atol=1e-9)
 
