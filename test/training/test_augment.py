@@ -30,6 +30,8 @@ from flow_ros.training.augment import (
     flip,
     random_crop,
 )
+from flow_ros.training.procedural import Procedural
+from flow_ros.training.recipe import Stage
 
 torch.set_num_threads(1)
 
@@ -104,6 +106,35 @@ def test_the_frame_before_goes_the_same_way(batch: Batch) -> None:
         assert changed.previous is not None
         assert torch.equal(changed.previous, changed.image1)
     assert augment(batch, (64, 80), Generator().manual_seed(0)).previous is None
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_the_backward_flow_goes_the_same_way(batch: Batch, seed: int) -> None:
+    config = WorldConfig(surfaces=4, bank_objects=6, largest_motion_px=12, driving=0)
+    clip = World(seed=2, config=config).clip(1, batch=2, size=(96, 128), frames=2)
+    forward = replace(batch, flow_back=clip.backward[0])
+    backward = Batch(clip.images[1], clip.images[0], clip.backward[0], clip.occluded_backward[0])
+    changed, exchanged = (augment(each, (64, 80), Generator().manual_seed(seed), CLEAN)
+                          for each in (forward, backward))
+    assert changed.flow_back is not None and changed.flow_back.shape == (2, 2, 64, 80)
+    # It is what happens to it where it is the flow itself: cut, mirrored, turned around.
+    assert torch.equal(changed.flow_back, exchanged.flow)
+    assert torch.equal(changed.image2, exchanged.image1)
+    assert augment(batch, (64, 80), Generator().manual_seed(seed), CLEAN).flow_back is None
+
+
+def test_the_world_knows_both_directions() -> None:
+    config = WorldConfig(surfaces=4, bank_objects=6, largest_motion_px=12, driving=0,
+                         camera=CLEAN)
+    data = Procedural(World(seed=2, config=config), reuse=1)
+    stage = Stage(1.0, 2, (96, 128), (64, 80))
+    for seed in range(4):  # forwards and backwards in time
+        made = data.batch(0, stage, Generator().manual_seed(seed))
+        assert made.flow_back is not None
+        back = warp(made.flow_back, made.flow)
+        error = torch.hypot(*(back + made.flow).unbind(dim=1))[:, None]
+        assert float(error[~made.occlusion].median()) < 0.1
+        assert float(torch.hypot(*made.flow.unbind(dim=1)).median()) > 0.5
 
 
 def test_sparse_truth_stays_sparse(batch: Batch) -> None:
