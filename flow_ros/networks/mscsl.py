@@ -29,7 +29,8 @@ map of the first image (equations 11 and 12); convolutions that read the flow of
 This project's: the channels (``MSCSLConfig``); the scales 1/64 to 1/8, from Y at 1/8 by
 max-pooling with windows of 8, 4, 2 and 1 and one convolution each, without an activation, so
 that features may point away from each other; correlations as means over the channels, times
-sqrt(C), so that independent features of unit variance give a correlation of unit variance;
+sqrt(C), so that independent features of unit variance give a correlation of unit variance (and
+with ``normalise`` of features that are: what they have in common hides the match otherwise);
 leaky ReLU of 0.1; no normalisation layers, and therefore He's initialisation, the transposed
 convolutions starting as bilinear interpolation and the last convolution near zero; biases in W
 but not in U; H_0 = 0; the states (equation 11) are brought to 1/4 bilinearly, the head has two
@@ -85,6 +86,8 @@ class MSCSLConfig:
     """Maximum displacements, level px, coarse to fine."""
     flow_scale: float = 20.0
     """What one unit of the head's output is, px."""
+    normalise: bool = False
+    """Correlate features of zero mean and unit variance over the channels; this project's."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be made."""
@@ -101,6 +104,8 @@ class MSCSLConfig:
             if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1):
                 raise ValueError(f'{name} must be a whole number of at least 1; seen '
                                  f'{getattr(self, name)!r}')
+        if not isinstance(self.normalise, bool):
+            raise ValueError(f'normalise must be true or false; seen {self.normalise!r}')
         if not self.flow_scale > 0:
             raise ValueError(f'flow_scale must be positive; seen {self.flow_scale!r}')
 
@@ -123,6 +128,13 @@ class Predictions:
 def activate(x: Tensor) -> Tensor:
     """Return leaky ReLU of 0.1, of any shape."""
     return functional.leaky_relu(x, 0.1)
+
+
+def standardise(features: Tensor) -> Tensor:
+    """Return ``features`` (B, C, h, w) less their mean over the channels, over their deviation."""
+    centred = features.float() - features.float().mean(dim=1, keepdim=True)
+    variance = (centred * centred).mean(dim=1, keepdim=True)
+    return (centred * torch.rsqrt(variance + 1e-2)).to(features.dtype)
 
 
 class Encoder(nn.Module):
@@ -154,6 +166,7 @@ class Correspondence(nn.Module):
         super().__init__()
         self.radius = radius
         self.scale = config.features ** 0.5
+        self.normalise = config.normalise
         state = config.state
         self.conv1 = nn.Conv2d((2 * radius + 1) ** 2, state, 3, padding=1)
         self.conv2 = nn.Conv2d(state, state, 3, padding=1)
@@ -161,6 +174,8 @@ class Correspondence(nn.Module):
 
     def correlate(self, features_a: Tensor, features_b: Tensor) -> Tensor:
         """Return M (B, (2r+1)^2, h, w), dx fastest, zero outside the image."""
+        if self.normalise:
+            features_a, features_b = standardise(features_a), standardise(features_b)
         return local_search(features_a, features_b, self.radius) * self.scale
 
     def forward(self, correlation: Tensor) -> Tensor:

@@ -91,6 +91,17 @@ def test_correlations_are_those_of_equation_4() -> None:
                 float(expected), abs=1e-5)
 
 
+@torch.no_grad()
+def test_normalised_features_match_themselves_best() -> None:
+    correspondence = MSCSL(MSCSLConfig(normalise=True, **NARROW)).correspondences[1]
+    a = 5 + torch.rand(1, 8, 4, 5, generator=torch.Generator().manual_seed(0))
+    found = correspondence.correlate(a, a)
+    assert bool((found.argmax(dim=1) == 12).all())  # of 25, the centre
+    centred = a - a.mean(dim=1, keepdim=True)
+    squared = centred.square().mean(dim=1)
+    torch.testing.assert_close(found[:, 12], 8 ** 0.5 * squared / (squared + 1e-2))
+
+
 def test_the_gru_is_shared_and_the_published_sizes_are_the_default() -> None:
     network = create('mscsl')
     assert network.gru.input.weight.shape == (3 * 128, 128, 3, 3)

@@ -28,6 +28,7 @@ from flow_ros.synthetic.world import World, WorldConfig
 from flow_ros.training import objectives
 from flow_ros.training.augment import Batch
 from flow_ros.training.objectives import filled, make_objective, stream_prior, warm_prior
+from flow_ros.training.objectives.mscsl import correlation_loss, reconstruction_loss
 from flow_ros.training.procedural import Procedural
 from flow_ros.training.recipe import read_recipe, Recipe, Stage, Validation
 from flow_ros.training.trainer import Trainer
@@ -173,3 +174,73 @@ def test_dip_trains_by_its_procedural_recipe(tmp_path: Path) -> None:
     assert trainer.run().step == 2
     assert {'cold_1/epe', 'warm_1/epe'} <= trainer.measured.keys()
     assert create('dip', tmp_path / 'weights.safetensors').name == 'dip'
+
+
+NARROW_MSCSL = {'widths': [4, 6, 8], 'features': 8, 'state': 5, 'head': 4}
+
+
+@pytest.mark.parametrize('variant', ['full', 'wosr'])
+@pytest.mark.parametrize('truth', ['dense', 'sparse', 'none'])
+def test_mscsl_learns_from_what_is_known(variant: str, truth: str) -> None:
+    torch.manual_seed(0)
+    network = create('mscsl', variant=variant, **NARROW_MSCSL).train()
+    images = [255 * torch.rand(2, 3, 64, 128, generator=seeded(seed)) for seed in range(2)]
+    flow = 6 * torch.randn(2, 2, 1, 1, generator=seeded(2)).expand(2, 2, 64, 128).contiguous()
+    given = Batch(images[0], images[1], flow, torch.zeros(2, 1, 64, 128, dtype=torch.bool))
+    if truth != 'dense':
+        given = sparse(given)
+    if truth == 'none':
+        given = replace(given, flow=torch.full_like(flow, torch.nan))
+    objective = make_objective(Recipe(network='mscsl', objective={
+        'scale_dropout': 0.0, 'refinement': 0.1}))
+    losses = objective(network, given, seeded(0))
+    losses.total.backward()
+    assert set(losses.parts) == ({'epe', 'matching', 'refinement'} if variant == 'wosr'
+                                 else {'epe', 'matching'})
+    assert bool(torch.isfinite(losses.total))
+    assert float(losses.total.detach()) == pytest.approx(
+        sum(float(part) for part in losses.parts.values()), rel=1e-4)
+    gradients = [value.grad for value in network.parameters() if value.grad is not None]
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    assert (sum(float(gradient.abs().sum()) for gradient in gradients) > 0) == (truth != 'none')
+
+
+def test_mscsl_leaves_scales_out_at_random_and_reconstructs_where_told() -> None:
+    network = create('mscsl', **NARROW_MSCSL).train()
+    image = 255 * torch.rand(1, 3, 64, 64, generator=seeded(0))
+    given = Batch(image, image, torch.zeros(1, 2, 64, 64), None)
+    used: list[int] = []
+    inner = network.predictions
+    network.predictions = lambda *images, scales: (used.append(scales),
+                                                   inner(*images, scales=scales))[1]
+    for dropout, counts in ((0.0, {4}), (1.0, {1, 2, 3})):
+        objective = make_objective(Recipe(network='mscsl', objective={
+            'scale_dropout': dropout, 'reconstruction': 0.005}))
+        used.clear()
+        parts = [objective(network, given, seeded(seed)).parts for seed in range(12)]
+        assert set(used) == counts
+        assert all('reconstruction' in part for part in parts)
+    with pytest.raises(ValueError, match='scale_dropout must be a share'):
+        make_objective(Recipe(network='mscsl', objective={'scale_dropout': 2.0}))
+
+
+def test_the_reconstruction_loss_is_least_at_the_true_flow() -> None:
+    second = torch.rand(1, 3, 12, 16, generator=seeded(0))
+    first = second.roll((-1, -2), (2, 3))  # first(x) = second(x + (2, 1))
+    flow = torch.zeros(1, 2, 48, 64)
+    flow[:, 0], flow[:, 1] = 8.0, 4.0  # full-resolution px
+    right = reconstruction_loss(first, second, flow)
+    assert float(right) < 0.01 < float(reconstruction_loss(first, second, 0 * flow))
+    far = reconstruction_loss(first, second, torch.full_like(flow, 500.0))
+    assert float(far) == 0  # nothing left in the image
+
+
+def test_the_correlations_learn_the_true_displacement() -> None:
+    truth = torch.zeros(1, 2, 32, 32)
+    truth[:, 0], truth[:, 1] = 16.0, -8.0
+    right, wrong = (torch.zeros(1, 49, 4, 4) for _ in range(2))
+    right[:, 7 * (-1 + 3) + 2 + 3] = 9.0
+    wrong[:, 0] = 9.0
+    losses = [float(correlation_loss([(8, planes, 3)], truth, None)) for planes in (right, wrong)]
+    assert losses[0] < 0.01 < 20 < losses[1]
+    assert float(correlation_loss([(8, wrong, 3)], 4 * truth, None)) == 0  # out of reach

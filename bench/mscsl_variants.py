@@ -1,0 +1,182 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""MSCSL's three variants at small scale, on the procedural world, with 1 to 4 scales.
+
+    python bench/mscsl_variants.py --steps 300 --json mscsl_variants.json
+
+Trains 'wosr' (FlowNet's refinement), 'wor' (the spatial Conv-GRU) and 'full' (the last sixth of
+it with the reconstruction loss), with and without scale dropout, from nothing on the same
+batches in the same order, and evaluates each with 1, 2, 3 and 4 scales on scenes of another
+seed. Prints the tables. The JSON file is written after every variant, and what it holds is not
+trained again.
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+import time
+from typing import Any
+
+from small_training import (
+    cells,
+    evaluate,
+    held_out_batches,
+    images,
+    MEASURES,
+    read,
+    runs_of,
+    train,
+    training_batches,
+    write,
+    zero_flow,
+)
+import torch
+from torch import Generator, Tensor
+
+from flow_ros.networks import count_parameters, create
+from flow_ros.networks.mscsl import MSCSL, SCALES
+from flow_ros.training.augment import Batch
+from flow_ros.training.objectives import make_objective
+from flow_ros.training.recipe import Recipe, Stage
+
+MOTION_PX = 24.0
+TRAIN = Stage(1.0, batch=4, render=(160, 224), crop=(128, 192), largest_motion_px=MOTION_PX)
+HELD_OUT = Stage(1.0, batch=4, render=(224, 288), crop=(192, 256), largest_motion_px=MOTION_PX)
+WIDTHS = {'widths': [32, 64, 128], 'features': 128, 'state': 64, 'head': 48}
+RECONSTRUCTION = 0.005
+RECONSTRUCTED_SHARE = 1 / 6
+"""Of the training of 'full': the paper's 100k of 600k steps."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table."""
+
+    label: str
+    variant: str
+    scale_dropout: float
+
+
+VARIANTS = {
+    f'{variant}, dropout {dropout:g}': Variant(f'{words}, scale dropout {dropout:g}', variant,
+                                               dropout)
+    for dropout in (0.0, 0.25) for variant, words in (
+        ('wosr', 'MSCSL/wosr: refinement'), ('wor', 'MSCSL/wor: Conv-GRU'),
+        ('full', 'MSCSL: Conv-GRU, reconstruction'))}
+
+
+def main() -> None:
+    """Train what is missing and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--steps', type=int, default=300, help='of training, per variant')
+    parser.add_argument('--seeds', type=int, default=1, help='runs of each variant')
+    parser.add_argument('--learning-rate', type=float, default=1e-3)
+    parser.add_argument('--matching', type=float, default=2.0, help='weight of its loss')
+    parser.add_argument('--held-out', type=int, default=48, help='pairs to evaluate on')
+    parser.add_argument('--variants', nargs='*', choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument('--json', type=Path, default=Path('mscsl_variants.json'))
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    settings = {'steps': options.steps, 'batch': TRAIN.batch, 'crop': list(TRAIN.crop),
+                'learning_rate': options.learning_rate, 'matching': options.matching,
+                'motion_px': MOTION_PX, 'held_out': options.held_out, 'options': WIDTHS}
+    results = read(options.json, settings)
+    held_out = held_out_batches(HELD_OUT, options.held_out, device)
+    results['zero_flow'] = zero_flow(held_out)
+    for seed in range(options.seeds):
+        todo = [name for name in options.variants if f'{name} #{seed}' not in results['runs']]
+        if not todo:
+            continue
+        batches = training_batches(TRAIN, seed, options.steps, device)
+        for name in todo:
+            results['runs'][f'{name} #{seed}'] = run(
+                VARIANTS[name], batches, held_out, seed, options.learning_rate,
+                options.matching, name)
+            write(options.json, results)
+    write(options.json, results)
+    print(tables(results))
+
+
+def run(variant: Variant, batches: list[Batch], held_out: list[Batch], seed: int,
+        learning_rate: float, matching: float, name: str) -> dict[str, Any]:
+    """Train ``variant`` on ``batches``, once each, and measure it at every number of scales."""
+    began = time.monotonic()
+    device = batches[0].flow.device
+    torch.manual_seed(seed)  # the initial weights
+    network = create('mscsl', variant=variant.variant, **WIDTHS)
+    assert isinstance(network, MSCSL)
+    network.to(device)
+
+    def objective(reconstruction: float) -> Any:
+        return make_objective(
+            Recipe(network='mscsl', matching=matching, objective={
+                'scale_dropout': variant.scale_dropout, 'reconstruction': reconstruction,
+                'refinement': 0.1 if variant.variant == 'wosr' else 0.0}),
+            lambda: torch.autocast(device.type, torch.bfloat16))
+
+    supervised, reconstructed = objective(0.0), objective(RECONSTRUCTION)
+    steps = iter(range(len(batches)))
+
+    def loss_of(batch: Batch, random: Generator) -> Tensor:
+        late = next(steps) >= (1 - RECONSTRUCTED_SHARE) * len(batches)
+        chosen = reconstructed if late and variant.variant == 'full' else supervised
+        first, second = images(batch)
+        total: Tensor = chosen(network, Batch(first, second, batch.flow, batch.occlusion),
+                               random).total
+        return total
+
+    loss = train(network, batches, loss_of, seed=seed, learning_rate=learning_rate, name=name)
+    scales = {}
+    for count in range(1, len(SCALES) + 1):
+        def flow_of(batch: Batch, count: int = count) -> Tensor:
+            return network(*images(batch), iterations=count).flow
+
+        scales[str(count)] = evaluate(network, flow_of, held_out)
+    return {**scales[str(len(SCALES))], 'scales': scales, 'loss': loss,
+            'parameters': count_parameters(network), 'train_s': round(time.monotonic() - began)}
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Return the markdown tables; with several seeds each measure has its spread."""
+    zero, settings = results['zero_flow'], results['settings']
+    lines = [f'{settings["steps"]} steps of {settings["batch"]} pairs of '
+             f'{settings["crop"][1]}x{settings["crop"][0]} px, motion to '
+             f'{settings["motion_px"]:g} px; {settings["held_out"]} held-out pairs. '
+             f'{results["machine"]}.',
+             f'Zero flow has EPE {zero["epe"]:.2f} px, Fl-all {zero["fl_all"]:.1f} %, 1px '
+             f'{zero["outliers_1px"]:.1f} %.', '',
+             '| Variant | EPE, px | Fl-all, % | 1px outliers, % | parameters | runs |',
+             '|---|---|---|---|---|---|']
+    known = {name: runs for name in VARIANTS if (runs := runs_of(results, name))}
+    for name, runs in known.items():
+        lines.append(f'| {VARIANTS[name].label} | {cells(runs)} | {runs[0]["parameters"]:,} | '
+                     f'{len(runs)} |')
+    for measure in MEASURES:
+        lines += ['', f'{measure} at 1, 2, 3 and 4 scales:', '',
+                  '| Variant | 1 | 2 | 3 | 4 |', '|---|---|---|---|---|']
+        for name, runs in known.items():
+            means = [sum(run['scales'][str(count)][measure] for run in runs) / len(runs)
+                     for count in range(1, len(SCALES) + 1)]
+            lines.append(f'| {VARIANTS[name].label} | '
+                         f'{" | ".join(f"{mean:.2f}" for mean in means)} |')
+    return '\n'.join(lines)
+
+
+if __name__ == '__main__':
+    main()
