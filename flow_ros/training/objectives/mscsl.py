@@ -92,8 +92,9 @@ class MSCSLObjective:
             parts['matching'] = self.recipe.matching * correlation_loss(
                 seen.matches, batch.flow, batch.occlusion)
         if config.reconstruction:
+            map_a, map_b = seen.maps
             parts['reconstruction'] = config.reconstruction * reconstruction_loss(
-                *(values.float() for values in seen.maps), flow)
+                map_a.float(), map_b.float(), flow)
         return losses_of(parts, flow, batch.flow)
 
 
