@@ -30,7 +30,7 @@ This project's: the channels (``MSCSLConfig``); the scales 1/64 to 1/8, from Y a
 max-pooling with windows of 8, 4, 2 and 1 and one convolution each, without an activation, so
 that features may point away from each other; correlations as means over the channels, times
 sqrt(C), so that independent features of unit variance give a correlation of unit variance (and
-with ``normalise`` of features that are: what they have in common hides the match otherwise);
+with ``normalise`` they are made so, pixel by pixel, which is not the paper's);
 leaky ReLU of 0.1; no normalisation layers, and therefore He's initialisation, the transposed
 convolutions starting as bilinear interpolation and the last convolution near zero; biases in W
 but not in U; H_0 = 0; the states (equation 11) are brought to 1/4 bilinearly, the head has two
