@@ -14,7 +14,7 @@
 
 """IOFPL's ablation (its Table 1) at small scale: HD3's improvements, one upon the other.
 
-    python bench/iofpl.py --steps 500 --json bench/iofpl.json
+    python bench/iofpl.py --steps 1000 --json bench/iofpl.json
 
 Trains the compact HD3 (VGG encoder, decoders of 64 channels) from nothing on the same batches of
 the procedural world in the same order, on both directions of every pair as the paper does, with
@@ -53,8 +53,8 @@ from flow_ros.training.augment import Batch
 from flow_ros.training.objectives import make_objective
 from flow_ros.training.recipe import Recipe, Stage
 
-MOTION_PX = 40.0
-TRAIN = Stage(1.0, batch=4, render=(160, 224), crop=(128, 192), largest_motion_px=MOTION_PX)
+MOTION_PX = 24.0
+TRAIN = Stage(1.0, batch=4, render=(160, 160), crop=(128, 128), largest_motion_px=MOTION_PX)
 HELD_OUT = Stage(1.0, batch=4, render=(224, 288), crop=(192, 256), largest_motion_px=MOTION_PX)
 TIMED = (448, 1024)
 COMPACT: dict[str, Any] = {'encoder': 'vgg', 'context': False, 'decoder_width': 64}
@@ -89,7 +89,7 @@ def main() -> None:
     """Train what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=500, help='of training, per variant')
+    parser.add_argument('--steps', type=int, default=1000, help='of training, per variant')
     parser.add_argument('--seeds', type=int, default=1, help='runs of each variant')
     parser.add_argument('--learning-rate', type=float, default=1e-3)
     parser.add_argument('--held-out', type=int, default=48, help='pairs to evaluate on')
