@@ -61,8 +61,9 @@ def run(options: argparse.Namespace) -> int:
     print(f'{options.file} is {model.family}{f" with {made}" if made else ""}')
     print(f'weights: {model.path}')
     print(f'card: {model.card}')
-    if find_path(model.name) == model.path:
+    found = find_path(model.name)
+    if found is not None and found.samefile(model.path):
         print(f'use it: --network {model.name}')
     else:
-        print(f'use it: FLOW_ROS_MODELS={model.path.parent} and --network {model.name}')
+        print(f'use it: FLOW_ROS_MODELS={model.path.parent.resolve()} and --network {model.name}')
     return 0

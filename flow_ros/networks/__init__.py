@@ -29,13 +29,11 @@ from flow_ros.networks.registry import (
                                     default_weights_path,
                                     family_of,
                                     known_names,
-                                    load_weights,
                                     names,
-                                    parameters_of,
                                     save,
 )
 
 __all__ = ['Call', 'count_parameters', 'create', 'default_weights_path', 'family_of',
            'Features', 'find_model', 'FlowNetwork', 'FlowOutput', 'known_names', 'list_models',
-           'load_weights', 'Model', 'names', 'parameters_of', 'save', 'State', 'Step',
+           'Model', 'names', 'save', 'State', 'Step',
            'WeightsError']

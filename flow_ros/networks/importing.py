@@ -14,8 +14,6 @@
 
 """Makes a model of a weights file: a published checkpoint, or weights of one's own training."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import date
 import hashlib
 from pathlib import Path
@@ -30,6 +28,7 @@ from flow_ros.networks.models import (
     read_weights,
     shipped_folders,
     SUFFIX,
+    TAKEN,
     user_folder,
     WeightsError,
     WeightsFile,
@@ -38,15 +37,6 @@ from flow_ros.networks.published import EXPECTED
 from flow_ros.networks.registry import create, names, save
 
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Source:
-    """The file that was imported."""
-
-    name: str
-    sha256: str
-    bytes: int
 
 
 def import_weights(path: Path, *, name: str | None = None, folder: Path | None = None,
@@ -82,14 +72,14 @@ def import_weights(path: Path, *, name: str | None = None, folder: Path | None =
     if spoilt:
         raise WeightsError(f'{path} is damaged: NaN or infinite values in {len(spoilt)} of its '
                            f'tensors, {spoilt[0]} for one; fetch it again')
-    source = Source(path.name, _sha256(path), path.stat().st_size)
     model = Model(name, file.family, network.options(), target)
+    digest = _sha256(path)
     folder.mkdir(parents=True, exist_ok=True)
-    # The card first, under another name: weights are never there without it.
+    # The card first, under another name: where there is no room for it, there is no model.
     card, part = target.with_suffix('.md'), target.with_suffix('.md.part')
     try:
-        part.write_text(_card(model, network, source, file), encoding='utf-8')
-        save(network, target, metadata={'source': source.name, 'source_sha256': source.sha256,
+        part.write_text(_card(model, network, file, digest), encoding='utf-8')
+        save(network, target, metadata={'source': path.name, 'source_sha256': digest,
                                         'imported': date.today().isoformat()})
         part.replace(card)
     finally:
@@ -100,11 +90,13 @@ def import_weights(path: Path, *, name: str | None = None, folder: Path | None =
 def _check_name(name: str, family: str, folder: Path) -> None:
     if not is_name(name):
         raise ValueError(f'name {name!r} cannot be a model\'s: expected letters, digits, "_", "-" '
-                         f'and ".", no folder, the first one a letter or digit')
+                         f'and ".", the first one a letter or digit, no folder, no {SUFFIX}, and '
+                         f'none of {", ".join(sorted(TAKEN))}')
     if name in names() and name != family:
         raise ValueError(f'name {name!r} is that of another family of networks; the file is for '
                          f'{family}: give another name')
-    shipped = find_path(name, [each for each in shipped_folders() if each != folder])
+    shipped = find_path(name, [each for each in shipped_folders()
+                               if each.resolve() != folder.resolve()])
     if shipped is not None:
         raise ValueError(f'name {name!r} is that of a model that is shipped, {shipped}: give '
                          f'another one (--name)')
@@ -129,8 +121,9 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _card(model: Model, network: FlowNetwork, source: Source, file: WeightsFile) -> str:
-    options = _options(model.options) or 'the defaults'
+def _card(model: Model, network: FlowNetwork, file: WeightsFile, digest: str) -> str:
+    options = ', '.join(f'`{key}={value!r}`' for key, value in model.options.items())
+    size = file.path.stat().st_size
     absent = network.state_dict().keys() - set(file.tensors)
     counters = (f', but for {len(absent)} counters of batch norms, which PyTorch before 0.4.1 '
                 f'did not write and nothing reads' if absent else '')
@@ -144,9 +137,9 @@ parameters, single precision.
 | | |
 |---|---|
 | Network | `{model.family}` |
-| Options | {options} |
-| Source | `{source.name}`, {source.bytes:,} bytes, {how} |
-| SHA-256 of the source | `{source.sha256}` |
+| Options | {options or 'the defaults'} |
+| Source | `{file.path.name}`, {size:,} bytes, {how} |
+| SHA-256 of the source | `{digest}` |
 | Imported | {date.today().isoformat()} |
 | Loaded | strictly: every tensor of the network was in the file, and no other{counters} |
 | Licence | that of the source, which flow_ros does not know |
@@ -162,7 +155,3 @@ ros2 launch flow_ros flow.launch.py network:={model.name}
 in Python `flow_ros.networks.create('{model.name}', 'default')`. How good it is has not been
 measured here.
 """
-
-
-def _options(options: Mapping[str, object]) -> str:
-    return ', '.join(f'`{key}={value!r}`' for key, value in options.items())

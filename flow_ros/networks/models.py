@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 import json
 import os
 from pathlib import Path
-import pickle
 import re
 import sys
 from typing import Any
+import warnings
 
 import numpy as np
 from safetensors import safe_open, SafetensorError
@@ -39,6 +39,11 @@ from flow_ros.networks.published import recognise, without_prefix
 
 SUFFIX = '.safetensors'
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9_.-]*')
+TAKEN = frozenset({'all', 'dis_medium', 'zero'})
+"""Words of ``flow_ros evaluate``, which no model may hide behind."""
+_LARGEST = 1024
+"""No width or radius of any network is larger: a file cannot ask for all memory there is."""
+_SHOWN = 80
 
 
 class WeightsError(ValueError):
@@ -100,15 +105,18 @@ def model_folders() -> list[Path]:
 
 
 def is_name(name: str) -> bool:
-    """Return whether ``name`` can be a model's: a plain file name, no folder, not hidden."""
-    return _NAME.fullmatch(name) is not None
+    """Return whether ``name`` can be a model's: a plain word, no path, no file's whole name."""
+    return (_NAME.fullmatch(name) is not None and not name.endswith(SUFFIX)
+            and name not in TAKEN)
 
 
 def find_path(name: str, folders: list[Path] | None = None) -> Path | None:
     """Return the first file of the model ``name``, or None where there is none."""
     if not is_name(name):
         return None
-    found = (folder / f'{name}{SUFFIX}' for folder in folders or model_folders())
+    if folders is None:
+        folders = model_folders()
+    found = (folder / f'{name}{SUFFIX}' for folder in folders)
     return next((path for path in found if path.is_file()), None)
 
 
@@ -169,16 +177,26 @@ def _metadata(path: Path) -> tuple[str | None, dict[str, Any] | None]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, str(error)) from error
-    if 'options' not in metadata:
-        return metadata.get('network'), None
-    try:
-        options = json.loads(metadata['options'])
-    except json.JSONDecodeError:
-        options = None
-    if not isinstance(options, dict):
-        raise WeightsError(f'weights file {path}: its metadata say options '
-                           f'{metadata["options"]!r}; expected a JSON object')
+    text = metadata.get('options')
+    options: Any = None
+    if text is not None:
+        try:
+            options = json.loads(text, parse_int=_whole)
+        except (ValueError, RecursionError):
+            pass
+        if not isinstance(options, dict):
+            raise WeightsError(f'weights file {path}: its metadata say options '
+                               f'{text[:_SHOWN]!r}; expected a JSON object, whole '
+                               f'numbers up to {_LARGEST}. Choose another file')
     return metadata.get('network'), options
+
+
+def _whole(digits: str) -> int:
+    """Return a whole number of the options; ValueError where it is too large for one."""
+    value = int(digits)
+    if abs(value) > _LARGEST:
+        raise ValueError(f'{value} is larger than {_LARGEST}')
+    return value
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -186,19 +204,20 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == SUFFIX:
             return load_file(path)
         # A published checkpoint may tell its best error beside the weights, as a NumPy number.
-        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of protocols: the error, if there is one, says it
             loaded = torch.load(path, map_location='cpu', weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError,
-            ValueError) as error:
-        # What torch says there advises to run the file's code.
-        raise _unreadable(path, 'it is no checkpoint, or holds more than tensors'
-                          if isinstance(error, (pickle.UnpicklingError, KeyError))
-                          else str(error).splitlines()[0]) from error
+    except (SafetensorError, RuntimeError, OSError) as error:
+        # The first sentence: torch goes on with advice on how files are saved.
+        raise _unreadable(path, str(error).splitlines()[0].split('. ')[0]) from error
+    except Exception as error:  # any: a damaged pickle is a wrong program
+        # Not what torch says: it advises to run the file's code.
+        raise _unreadable(path, 'it is no checkpoint, or holds more than tensors') from error
     if isinstance(loaded, dict) and isinstance(loaded.get('state_dict'), dict):
         loaded = loaded['state_dict']
     if not (isinstance(loaded, dict) and loaded
             and all(isinstance(value, Tensor) for value in loaded.values())):
-        held = f' with {_some([str(key) for key in loaded])}' if isinstance(loaded, dict) else ''
+        held = f' with {some([str(key) for key in loaded])}' if isinstance(loaded, dict) else ''
         raise WeightsError(f'weights file {path} holds {type(loaded).__name__}{held}, not a '
                            f'state_dict of tensors, bare or under state_dict: choose another '
                            f'file')
@@ -222,7 +241,8 @@ def _numpy_numbers() -> list[Any]:
 _NUMPY_NUMBERS = _numpy_numbers()
 
 
-def _some(values: list[str]) -> str:
+def some(values: list[str]) -> str:
+    """Return the first of ``values`` in words, and how many more there are."""
     if not values:
         return 'none'
     return ', '.join(values[:3]) + (f' and {len(values) - 3} more' if len(values) > 3 else '')

@@ -26,15 +26,18 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
-from flow_ros.networks.base import count_parameters, FlowNetwork
+from flow_ros.networks.base import FlowNetwork
 from flow_ros.networks.models import (
     find_model,
     find_path,
+    is_name,
     list_models,
-    Model,
     model_folders,
     read_weights,
+    some,
+    SUFFIX,
     WeightsError,
     WeightsFile,
 )
@@ -81,11 +84,6 @@ def family_of(name: str) -> str:
     return _named(name)[0]
 
 
-def parameters_of(model: Model) -> int:
-    """Return how many parameters the network of ``model`` has."""
-    return count_parameters(create(model.name))
-
-
 def create(name: str, weights: str | Path | None = None, **options: Any) -> FlowNetwork:
     """Make the network ``name``, a family or a model, in eval mode.
 
@@ -102,12 +100,13 @@ def create(name: str, weights: str | Path | None = None, **options: Any) -> Flow
         return _make(name, family, given).eval()
     path = default_weights_path(name) if weights == 'default' else Path(weights)
     file = _read(path, name)
-    recorded = (None if file.options is None or file.family != family
-                else {key: _tuples(value) for key, value in file.options.items()})
-    network = _make(name, family, {**(recorded or {}), **given})
+    recorded = None
+    if file.family == family and file.options is not None:
+        recorded = {key: _tuples(value) for key, value in file.options.items()}
+    network = _make(name, family, {**(recorded or {}), **given}, file)
     if recorded is not None:
         _check_agreement(network, file, recorded, given)
-    _load(network, file)
+    network.load_state_dict(_fitting(network, file))
     return network.eval()
 
 
@@ -123,21 +122,9 @@ def default_weights_path(name: str) -> Path:
     others = [model.name for model in list_models() if model.family == name]
     instead = f'use {" or ".join(others)}, which {"is" if len(others) == 1 else "are"} of this ' \
               f'family, ' if others else 'choose another network, '
-    looked = ', '.join(str(folder) for folder in model_folders())
-    raise WeightsError(f'no weights for {name!r}: looked for {name}.safetensors in {looked}. '
-                       f'Give a file of your own as weights, import published ones with '
-                       f'`flow_ros import-weights FILE`, {instead}or set FLOW_ROS_MODELS to the '
-                       f'folder that holds it')
-
-
-def load_weights(network: FlowNetwork, path: Path) -> None:
-    """Load ``path`` into ``network``, strictly: every key and shape must fit.
-
-    Only the counters of batch norms may be missing from a published checkpoint: PyTorch before
-    0.4.1 had none, and nothing that is computed here reads them. Raises WeightsError that
-    names what was found and what was expected.
-    """
-    _load(network, _read(path, network.name))
+    raise WeightsError(f'no weights for {name!r}: {_looked(name)}. Give a file of your own as '
+                       f'weights, import published ones with `flow_ros import-weights FILE`, '
+                       f'{instead}or set FLOW_ROS_MODELS to the folder that holds it')
 
 
 def save(network: FlowNetwork, path: Path, *, metadata: Mapping[str, str] | None = None,
@@ -170,18 +157,32 @@ def _named(name: str) -> tuple[str, Mapping[str, Any]]:
         return name, {}
     model = find_model(name)
     if model is None:
-        raise ValueError(f'unknown network {name!r}; known are {", ".join(known_names())}')
+        hint = (_looked(name) if is_name(name) else
+                'a file is given as weights, or made a model by `flow_ros import-weights FILE`')
+        raise ValueError(f'unknown network {name!r}; known are {", ".join(known_names())}; {hint}')
     if model.family not in _MAKERS:
         raise WeightsError(f'model file {model.path} says it is for {model.family!r}, which is '
                            f'none of the networks known: {", ".join(_MAKERS)}')
     return model.family, model.options
 
 
-def _make(name: str, family: str, options: Mapping[str, Any]) -> FlowNetwork:
+def _looked(name: str) -> str:
+    folders = ', '.join(f'{folder}{"" if folder.is_dir() else " (not there)"}'
+                        for folder in model_folders())
+    return f'looked for {name}{SUFFIX} in {folders}'
+
+
+def _make(name: str, family: str, options: Mapping[str, Any],
+          file: WeightsFile | None = None) -> FlowNetwork:
     try:
         return _MAKERS[family](**options)
-    except TypeError as error:
-        raise ValueError(f'network {name!r} does not take these options: {error}') from error
+    except (TypeError, ValueError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        if file is not None and file.options:
+            raise WeightsError(f'network {name!r} does not take these options, with those that '
+                               f'weights file {file.path} says it was made with: {why}. Choose '
+                               f'another file, or the flow_ros that wrote it') from error
+        raise ValueError(f'network {name!r} does not take these options: {why}') from error
 
 
 def _read(path: Path, name: str) -> WeightsFile:
@@ -204,7 +205,13 @@ def _check_agreement(network: FlowNetwork, file: WeightsFile, recorded: Mapping[
                                f'another file')
 
 
-def _load(network: FlowNetwork, file: WeightsFile) -> None:
+def _fitting(network: FlowNetwork, file: WeightsFile) -> dict[str, Tensor]:
+    """Return the tensors of ``file`` as ``network`` takes them: every key and shape must fit.
+
+    Only the counters of batch norms may be missing from a published checkpoint: PyTorch before
+    0.4.1 had none, and nothing that is computed here reads them. Raises WeightsError that
+    names what was found and what was expected.
+    """
     expected = network.state_dict()
     tensors = dict(file.tensors)
     if file.published:
@@ -223,18 +230,11 @@ def _load(network: FlowNetwork, file: WeightsFile) -> None:
         raise WeightsError(
             f'weights file {file.path} is not for {network.name}{made_for}: it holds '
             f'{len(file.tensors)} tensors, {len(expected)} were expected; '
-            f'missing {_some(missing)}; not known {_some(foreign)}; other shapes '
-            f'{_some(misshapen)}. Choose the network the file was made for, or another file')
-    network.load_state_dict({key: value.to(expected[key].dtype)
-                             for key, value in tensors.items()})
+            f'missing {some(missing)}; not known {some(foreign)}; other shapes '
+            f'{some(misshapen)}. Choose the network the file was made for, or another file')
+    return {key: value.to(expected[key].dtype) for key, value in tensors.items()}
 
 
 def _tuples(value: Any) -> Any:
     """Return ``value`` with the lists of JSON and YAML as the tuples they are in a config."""
     return tuple(_tuples(part) for part in value) if isinstance(value, (list, tuple)) else value
-
-
-def _some(values: list[str]) -> str:
-    if not values:
-        return 'none'
-    return ', '.join(values[:3]) + (f' and {len(values) - 3} more' if len(values) > 3 else '')

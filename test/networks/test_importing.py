@@ -190,6 +190,7 @@ def test_no_code_of_the_file_is_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('name', 'words'), [
+    ('all', 'none of all'), ('zero', 'none of all'), ('dip.safetensors', 'no .safetensors'),
     ('../hd3', 'no folder'), ('a/b', 'no folder'), ('.hidden', 'no folder'), ('', 'no folder'),
     ('mscsl', 'that of another family'), ('dip_rt', 'that of another family')])
 def test_names_that_cannot_be_taken(tmp_path: Path, name: str, words: str) -> None:

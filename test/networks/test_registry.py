@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from safetensors.torch import save_file
 import torch
 
 from flow_ros.networks import (
@@ -28,7 +29,6 @@ from flow_ros.networks import (
     known_names,
     list_models,
     names,
-    parameters_of,
     save,
     WeightsError,
 )
@@ -99,7 +99,7 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize('kind', ['missing', 'cut', 'text', 'list', 'code'])
+@pytest.mark.parametrize('kind', ['missing', 'cut', 'text', 'list', 'code', 'empty', 'zip'])
 def test_unusable_files_are_clear_errors(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ('w.safetensors' if kind in ('missing', 'cut') else 'w.pth')
     if kind == 'cut':
@@ -109,6 +109,11 @@ def test_unusable_files_are_clear_errors(tmp_path: Path, kind: str) -> None:
         path.write_text('not weights')
     elif kind == 'list':
         torch.save([1, 2], path)
+    elif kind == 'empty':
+        path.touch()
+    elif kind == 'zip':
+        torch.save(create('dip').state_dict(), path)
+        path.write_bytes(path.read_bytes()[:5000])
     elif kind == 'code':
         torch.save({'a': Evil(tmp_path / 'touched')}, path)
     with pytest.raises(WeightsError, match=str(path)) as caught:
@@ -116,6 +121,21 @@ def test_unusable_files_are_clear_errors(tmp_path: Path, kind: str) -> None:
     assert 'weights_only' not in str(caught.value)
     assert '\n' not in str(caught.value)
     assert not (tmp_path / 'touched').exists()
+
+
+@pytest.mark.parametrize(('options', 'words'), [
+    ('{"colour": 1}', "does not take these options.*w.safetensors says.*'colour'"),
+    ('{"hidden": "wide"}', 'does not take these options.*w.safetensors says'),
+    ('{"hidden": 50000}', 'hidden": 50000.*whole numbers up to 1024'),
+    ('{"hidden": ' + 5000 * '9' + '}', 'whole numbers up to 1024'),
+    (5000 * '[', 'expected a JSON object')])
+def test_options_of_a_file_that_make_no_network_are_one_clear_error(
+        tmp_path: Path, options: str, words: str) -> None:
+    path = tmp_path / 'w.safetensors'
+    save_file({'a': torch.zeros(1)}, path, {'network': 'dip_rt', 'options': options})
+    with pytest.raises(WeightsError, match=words) as caught:
+        create('dip_rt', path)
+    assert len(str(caught.value)) < 500 and '\n' not in str(caught.value)
 
 
 def test_shipped_weights_are_found_or_the_folders_named(
@@ -126,13 +146,18 @@ def test_shipped_weights_are_found_or_the_folders_named(
     assert create('dip', 'default').name == 'dip'
     monkeypatch.setenv('FLOW_ROS_MODELS', str(tmp_path / 'none'))
     monkeypatch.setenv('AMENT_PREFIX_PATH', '/elsewhere')
+    with pytest.raises(ValueError, match=r"unknown network 'mine'.*/none \(not there\)"):
+        create('mine')
     with pytest.raises(WeightsError, match='/elsewhere/share/flow_ros/models'):
         default_weights_path('no_such_network')
 
 
 def test_unknown_names_and_options_are_named() -> None:
-    with pytest.raises(ValueError, match="unknown network 'raft'; known are dip_rt, dip"):
+    with pytest.raises(ValueError, match="unknown network 'raft'; known are dip_rt, dip.*looked "
+                                         r'for raft\.safetensors in /.*/models'):
         create('raft')
+    with pytest.raises(ValueError, match='known are dip_rt.*a file is given as weights, or made'):
+        create('/home/me/DIP_sintel.pth')
     with pytest.raises(ValueError, match='does not take these options.*colour'):
         create('dip_rt', colour='blue')
 
@@ -159,7 +184,6 @@ def test_a_model_is_a_network_by_name(models: Path) -> None:
     assert (model.family, model.card) == ('dip_rt', models / 'tiny.md')
     assert 'tiny' in known_names() and 'tiny' not in names()
     assert model in list_models()
-    assert parameters_of(model) == sum(value.numel() for value in made.parameters())
 
 
 def test_a_file_knows_the_options_it_was_made_with(models: Path) -> None:
@@ -186,7 +210,6 @@ def test_options_come_back_from_json_as_they_were(tmp_path: Path) -> None:
 
 def test_files_that_are_no_models_are_left_out_of_the_list_and_named_when_asked_for(
         models: Path) -> None:
-    from safetensors.torch import save_file
     (models / 'broken.safetensors').write_bytes(b'nothing')
     save_file({'a': torch.zeros(1)}, models / 'nameless.safetensors')
     save_file({'a': torch.zeros(1)}, models / 'strange.safetensors', {'network': 'raft'})
