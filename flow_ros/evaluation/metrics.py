@@ -210,7 +210,8 @@ class Sparsification:
 
     The least confident pixels are removed first; ``curve`` is the mean endpoint error of the
     rest over that of all pixels, at each share of ``REMOVED``, and ``oracle`` is that curve
-    where the largest errors are removed first: none is lower. Both are means over pairs.
+    where the largest errors are removed first: none is lower. Both are means over pairs. Pixels
+    without truth, estimate or confidence are left out; those of one confidence count evenly.
     ``ausc`` is the area under ``curve``, 1 for a confidence that knows nothing; ``ause`` that
     between the curves, 0 for a perfect ranking. Areas are means over ``REMOVED``.
     """

@@ -80,10 +80,11 @@ def comparison_table(report: Report) -> Table:
 
 
 def means_table(report: Report) -> Table:
-    """Return one row per estimator: the means over pairs."""
+    """Return one row per estimator: the means over pairs, in Markdown, to be copied."""
     means = {name: report.means(name) for name in report.names}
     columns = _columns(list(means.values()))
     table = _table(f'means over {len(report.rows[report.names[0]])} pairs')
+    table.box, table.pad_edge = box.MARKDOWN, True
     table.add_column('estimator', no_wrap=True)
     for name in (*columns, 'ms'):
         table.add_column(TITLES.get(name, name), justify='right')
