@@ -14,7 +14,7 @@
 
 """IOFPL's flow cues: what the flows of both directions say about each other.
 
-IOFPL (Hofinger et al., ECCV 2020), section 3.5, names the cues; their formulas are in a
+IOFPL (Hofinger et al., ECCV 2020), section 3.4, names the cues; their formulas are in a
 supplement that is not available, so those here are this project's definitions. All flows are
 (B, 2, h, w) in px of their own grid; the cues are those of image 1.
 
@@ -25,6 +25,7 @@ Gradients pass into the flows unless the caller detaches them.
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from flow_ros.ops.sampling import inside, pixel_grid, sample, warp
 
@@ -76,7 +77,9 @@ def map_uniqueness(flow12: Tensor) -> Tensor:
     """
     hits = splat_forward(torch.ones_like(flow12[:, :1]), flow12)
     height, width = flow12.shape[-2:]
-    return sample(hits, pixel_grid(height, width, flow12) + flow12, 'zeros')
+    # With a margin: a grid of a side of 1 has no coordinate for what is outside of it.
+    hits = functional.pad(hits, (1, 1, 1, 1))
+    return sample(hits, pixel_grid(height, width, flow12) + flow12 + 1, 'zeros')
 
 
 def out_of_image(flow12: Tensor) -> Tensor:

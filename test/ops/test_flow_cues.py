@@ -123,10 +123,23 @@ def test_uniqueness_counts_who_shares_a_target() -> None:
     assert torch.allclose(map_uniqueness(flow), torch.ones(1, 1, *SIZE, dtype=flow.dtype))
     flow[0, 0, 3, 2] = 4  # onto column 6, which stays there
     unique = map_uniqueness(flow)
-    assert unique[0, 0, 3, 2] == unique[0, 0, 3, 6] == 2
-    assert unique.sum() == unique.numel() + 2
+    assert unique[0, 0, 3, [2, 6]].tolist() == pytest.approx([2, 2])
+    assert unique.sum().item() == pytest.approx(unique.numel() + 2)
     flow[0, 0, 3, 2] = 20
     assert map_uniqueness(flow)[0, 0, 3, 2] == 0
+
+
+@pytest.mark.parametrize('size', [(1, 6), (6, 1), (1, 1)])
+def test_a_side_of_one_pixel_has_an_outside_as_well(size: tuple[int, int]) -> None:
+    flow = torch.zeros(1, 2, *size, dtype=torch.float64)
+    assert torch.allclose(map_uniqueness(flow), torch.ones_like(flow[:, :1]))
+    for component, side in ((1, size[0]), (0, size[1])):
+        if side == 1:
+            gone = flow.clone()
+            gone[0, component, 0, 0] = 3
+            unique = map_uniqueness(gone)
+            assert unique[0, 0, 0, 0] == 0 and out_of_image(gone)[0, 0, 0, 0] == 1
+            assert torch.allclose(unique.sum(), unique.new_tensor(float(unique.numel() - 1)))
 
 
 def test_out_of_image() -> None:
