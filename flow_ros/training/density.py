@@ -16,7 +16,7 @@
 
 HD3 (Yin et al., CVPR 2019), section 3: at each level a network predicts, for each pixel, a
 density over the (2r+1)^2 integer residuals to the previous level's flow. Where the paper is
-silent this does what the authors' code was seen to do (see the target's docstring).
+silent this does what the authors' code was seen to do (see ``residual_target``).
 """
 
 from dataclasses import dataclass
@@ -25,26 +25,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flow_ros.ops.match_density import radius_of, splat
+from flow_ros.ops.match_density import radius_of
 from flow_ros.training.losses import max_pooled
 
 
 @dataclass(frozen=True)
-class DensityTarget:
-    """The true densities of a level.
-
-    ``density`` (B, (2r+1)^2, h, w), 0 where not ``valid`` (B, 1, h, w); ``reached``: where the
-    residual lay within the search range before it was clamped.
-    """
-
-    density: Tensor
-    valid: Tensor
-    reached: Tensor
-
-
-@dataclass(frozen=True)
 class ResidualTarget:
-    """What ``DensityTarget`` is made of: ``residual`` (B, 2, h, w), level px, not clamped."""
+    """The true residuals of a level: ``residual`` (B, 2, h, w), level px, not clamped.
+
+    ``valid`` (B, 1, h, w): where it is known; ``reached``: where it lies within the search
+    range.
+    """
 
     residual: Tensor
     valid: Tensor
@@ -59,7 +50,7 @@ def density_loss(logits: list[Tensor], vectors: list[Tensor], truth: Tensor, *,
     KL = sum over d of p_gt(d) (log p_gt(d) - log p(d)). ``logits`` (B, (2r+1)^2, h, w), coarse
     to fine, each level twice as fine as the one before; ``vectors``: each level's whole flow
     (B, 2, h, w) in full-resolution px; ``truth`` (B, 2, H, W), NaN where it is not known.
-    ``sparse`` says how the truth is brought to a level's size (see ``density_target``).
+    ``sparse`` says how the truth is brought to a level's size (see ``residual_target``).
     ``keep``: IOFPL's loss max-pooling with this share, which also leaves out what is out of
     the search range; without it the mean is over all pixels, known or not, as the authors did.
     ``prior`` (B, 2, h, w): what the first level started from, full-resolution px; None: zero.
@@ -81,8 +72,9 @@ def density_loss(logits: list[Tensor], vectors: list[Tensor], truth: Tensor, *,
 def residual_divergence(logits: Tensor, target: ResidualTarget) -> Tensor:
     """Return KL(target || softmax(logits)) of each pixel, (B, 1, h, w); 0 where not valid.
 
-    As the target has four bins, no map of the density's size is made but the softmax.
-    ``density_divergence`` is the same in plain words.
+    The target is the density that is bilinear about the true residual, clamped to +-radius
+    (``ops.match_density.splat``). As that has four bins, no map of the density's size is made
+    but the softmax.
     """
     radius = radius_of(logits.shape[1])
     side = 2 * radius + 1
@@ -99,25 +91,6 @@ def residual_divergence(logits: Tensor, target: ResidualTarget) -> Tensor:
     entropy = -torch.special.xlogy(weights, weights)
     divergence = (cross - entropy).sum(dim=1, keepdim=True)
     return torch.where(target.valid, divergence, 0.0)
-
-
-def density_divergence(logits: Tensor, target: DensityTarget) -> Tensor:
-    """Return KL(target || softmax(logits)) of each pixel, (B, 1, h, w); 0 where not valid."""
-    log = functional.log_softmax(logits.float(), dim=1)
-    return functional.kl_div(log, target.density, reduction='none').sum(dim=1, keepdim=True)
-
-
-@torch.no_grad()
-def density_target(truth: Tensor, previous: Tensor | None, size: tuple[int, int], *,
-                   radius: int = 4, sparse: bool = False) -> DensityTarget:
-    """Return the density that is bilinear about the true residual at a level of ``size``.
-
-    ``residual_target`` says what the residual is; clamped to +-radius, it is splatted on its
-    four integer neighbours.
-    """
-    target = residual_target(truth, previous, size, radius=radius, sparse=sparse)
-    return DensityTarget(density=splat(target.residual, radius) * target.valid,
-                         valid=target.valid, reached=target.reached)
 
 
 @torch.no_grad()

@@ -25,13 +25,7 @@ from flow_ros.networks import create, save
 from flow_ros.networks.hd3 import HD3
 from flow_ros.synthetic.world import World, WorldConfig
 from flow_ros.training.augment import Batch
-from flow_ros.training.density import (
-    density_divergence,
-    density_loss,
-    density_target,
-    residual_divergence,
-    residual_target,
-)
+from flow_ros.training.density import density_loss
 from flow_ros.training.objectives import Losses, make_objective
 from flow_ros.training.procedural import Procedural
 from flow_ros.training.recipe import Recipe, Stage
@@ -113,18 +107,6 @@ def test_the_backward_flow_is_supervised_where_it_is_known(batch: Batch) -> None
         if cues:
             # Both directions pass the norms together in either case: the mean is exact.
             assert both == pytest.approx((one + other) / 2, rel=1e-3)
-
-
-def test_the_loss_over_four_bins_is_the_divergence_from_the_density() -> None:
-    generator = seeded(3)
-    logits = torch.randn(2, 81, 8, 12, generator=generator)
-    truth = torch.randn(2, 2, 64, 96, generator=generator) * 30
-    truth[0, :, :20, :30] = torch.nan
-    truth[1, 0] = 8 * 4 + truth[1, 0] * 0.1  # at the border of the search range
-    plain = density_divergence(logits, density_target(truth, None, (8, 12)))
-    fast = residual_divergence(logits, residual_target(truth, None, (8, 12)))
-    assert torch.allclose(plain, fast, atol=1e-5)
-    assert float(fast[0, 0, 0, 0]) == 0
 
 
 def test_a_warm_start_is_supervised_from_where_it_starts(batch: Batch) -> None:
