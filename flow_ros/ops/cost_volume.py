@@ -55,15 +55,12 @@ def difference(a: Tensor, b: Tensor, radius: int) -> Tensor:
 
     Returns (B, (2r+1)**2, H, W) in the features' type.
     """
-    height, width = a.shape[-2:]
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        # A difference per residual would be kept for the backward pass: 81 maps for r = 4.
-        still = torch.zeros_like(a[:, :2], dtype=torch.promote_types(a.dtype, torch.float32))
-        return sampled_cost_volume(a, b, still, radius, 'sad').to(a.dtype)
-    padded = functional.pad(b, (radius,) * 4)
-    shifts = range(2 * radius + 1)
-    return torch.stack([(a - padded[:, :, y:y + height, x:x + width]).abs().mean(dim=1)
-                        for y in shifts for x in shifts], dim=1)
+    # A difference per residual would be a map of the features' size each: ten times the memory,
+    # and 81 of them kept for the backward pass for r = 4.
+    batch, _, height, width = a.shape
+    still = torch.zeros((batch, 2, height, width), device=a.device,
+                        dtype=torch.promote_types(a.dtype, torch.float32))
+    return sampled_cost_volume(a, b, still, radius, 'sad').to(a.dtype)
 
 
 def masked_warp(b: Tensor, flow: Tensor) -> Tensor:

@@ -246,25 +246,28 @@ def test_traced_volume_is_the_same(batch: int, measure: Measure) -> None:
 
 
 LINE = 12
-"""The column of the line, in both images: it stands still."""
+"""The column of the line in image 1."""
+
+LINE_MOTION = -1
+"""The line goes left."""
 
 BOX = (slice(6, 26), slice(14, 26))
 """Rows and columns of the box in image 1, where it is beside the line."""
 
 BOX_MOTION = 3
-"""The box goes right, away from the line."""
+"""The box goes right."""
 
 BESIDE = slice(6, 26)
 """The line's rows beside the box."""
 
 
 def toy() -> tuple[Tensor, Tensor, Tensor]:
-    """Return both images' features and the coarse flow: a thin line, and a box that moves.
+    """Return both images' features and the coarse flow: a line and a box that move apart.
 
     Each pixel of an object has a feature of its own, of length 1, so a match is right or wrong.
     The coarse flow is that of the box, to 3 px around it: the line is too thin for the level
-    above. So no pixel of the warped map shows the column of the line: those left of the flow's
-    edge, at 11, show themselves, those from it on the columns from 14 on.
+    above. So no pixel of the warped map shows column 11, where the line has gone: those left of
+    the flow's edge, at 11, show themselves, those from it on the columns from 14 on.
     """
     generator = torch.Generator().manual_seed(0)
     background, line, box = functional.normalize(
@@ -274,7 +277,7 @@ def toy() -> tuple[Tensor, Tensor, Tensor]:
     first[:, :, rows, columns] = box[:, :, rows, columns]
     moved = slice(columns.start + BOX_MOTION, columns.stop + BOX_MOTION)
     second[:, :, rows, moved] = box[:, :, rows, columns]
-    first[..., LINE] = second[..., LINE] = line[..., LINE]
+    first[..., LINE] = second[..., LINE + LINE_MOTION] = line[..., LINE]
     flow = torch.zeros(1, 2, 32, 40)
     flow[:, 0, rows.start - 3:rows.stop + 3, columns.start - 3:columns.stop + 3] = BOX_MOTION
     return first, second, flow
@@ -288,7 +291,7 @@ def hits(volume: Volume, radius: int, measure: Measure) -> tuple[Tensor, Tensor]
     side = 2 * radius + 1
     found = torch.cat([best % side - radius, best // side - radius])
     true = torch.zeros(2, 32, 40)
-    true[0, :, LINE] = -BOX_MOTION  # its motion is 0, the coarse flow the box's
+    true[0, :, LINE] = LINE_MOTION - BOX_MOTION  # the coarse flow is the box's
     right = (found == true).all(dim=0)
     return right[BESIDE, LINE], right[BOX]
 
@@ -309,7 +312,7 @@ def test_the_warped_map_shows_a_ghost_twice_and_the_line_nowhere() -> None:
     _, second, flow = toy()
     warped = masked_warp(second, flow)[0]
     row = 16
-    line = second[0, :, row, LINE]
+    line = second[0, :, row, LINE + LINE_MOTION]
     assert (line @ second[0, :, row]).max() > 0.99
     assert (line @ warped[:, row]).max() < 0.9
     edge = second[0, :, row, BOX[1].stop + BOX_MOTION + 1]  # right of the moved box
