@@ -16,7 +16,7 @@
 
     python test/data/cut_hd3_parity.py ../shared/parity
 
-Images, flow and unit operations are kept whole. Of the outputs of each network all vectors,
+The images are kept whole. Of the outputs of each network all unit operations, vectors,
 confidences and losses are kept, logits and features at every fourth channel and, where a map
 is larger than 16x16, every third pixel, the full-resolution flow at every third pixel: 3 and the
 enlargement by 4 have no common divisor, so every position within an enlarged cell is there.
@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
         with np.load(folder / f'{name}_output.npz') as outputs:
             for key in outputs.files:
                 if key.startswith(('logits', 'vect', 'confidence', 'feat_quarter', 'flow_full',
-                                   'loss')):
+                                   'loss', 'unit_')):
                     kept[f'{name}_{key}'] = thin(key, outputs[key])
     target = Path(__file__).with_name('hd3_parity.npz')
     np.savez_compressed(target, **kept)
