@@ -17,7 +17,7 @@
 HD3 (Yin et al., CVPR 2019) estimates, on five levels from 1/64 to 1/4, a density over the
 integer residuals to the flow of the level before (its section 3); flow and confidence are read
 out of the density. IOFPL (Hofinger et al., ECCV 2020) keeps the network and improves it:
-sampling cost volume (section 3.1), gradient stopping (3.2), flow cues (3.3). With the default
+sampling cost volume (section 3.2), gradient stopping (3.3), flow cues (3.4). With the default
 configuration this is ``hd3fc`` as published, and its checkpoints fit key for key; every
 improvement is an option of its own, and only those that change a width change a shape.
 
@@ -104,9 +104,9 @@ class HD3Config:
     measure: Measure = 'dot'
     """Of a match: 'dot' (product, as published) or 'sad' (IOFPL equation 3)."""
     stop_gradients: bool = False
-    """No gradient through the flow that goes from level to level (IOFPL 3.2)."""
+    """No gradient through the flow that goes from level to level (IOFPL 3.3)."""
     cues: bool = False
-    """Flow cues (IOFPL 3.3): both directions are computed, each sees the other's flow."""
+    """Flow cues (IOFPL 3.4): both directions are computed, each sees the other's flow."""
     calibration: tuple[float, float] = (1.0, 0.0)
     """(a, b): confidence = sigmoid(a logit(p) + b) of the window's probability p."""
 
@@ -673,6 +673,15 @@ class HD3(FlowNetwork):
             return FlowOutput(flow, confidence)
         occlusion = _disagreement(state.flow, both[batch:], state.level)
         return FlowOutput(flow, confidence, _enlarge(occlusion, working, size))
+
+    def reversed(self, state: State) -> State | None:
+        """Return the state of the other direction, which flow cues compute anyway, else None."""
+        if not self.config.cues:
+            return None
+        batch = state.flow.shape[0]
+        memory = tuple(values.roll(batch, 0) for values in state.memory)
+        return replace(state, features_a=state.features_b, features_b=state.features_a,
+                       flow=memory[0][:batch], memory=memory)
 
     # The density, on request, and training.
 

@@ -44,7 +44,7 @@ class HD3ObjectiveConfig:
     """The ``objective`` of a recipe for HD3; the defaults are HD3's own (its equation 9)."""
 
     keep: float | None = None
-    """IOFPL's loss max-pooling (section 3.4): the share of pixels that count; None: all."""
+    """IOFPL's loss max-pooling (section 3.2): the share of pixels that count; None: all."""
     sparse: bool = False
     """The truth has holes (KITTI): the known part of each cell is averaged."""
     both: bool = True
