@@ -156,6 +156,13 @@ class FlowNetwork(nn.Module):
         """Return the full-resolution output of ``state``; legal after any step."""
         raise NotImplementedError  # abstract
 
+    def reversed(self, state: State) -> State | None:
+        """Return the state of the other direction where the steps so far made it too, or None.
+
+        Then one run is enough for both directions.
+        """
+        return None
+
     def forward(self, image1: Tensor, image2: Tensor, iterations: int | None = None,
                 prior_flow: Tensor | None = None) -> FlowOutput:
         """Estimate the flow from ``image1`` to ``image2``, float RGB 0..255, (B, 3, H, W)."""

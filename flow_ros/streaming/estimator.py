@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from flow_ros.networks import create
-from flow_ros.networks.base import Features, FlowNetwork, FlowOutput, Step
+from flow_ros.networks.base import Features, FlowNetwork, FlowOutput, State
 from flow_ros.runtimes import create_runtime, Runtime
 from flow_ros.streaming.budget import Budget
 from flow_ros.streaming.occlusion import check_consistency
@@ -65,8 +65,7 @@ class _Estimate:
     """One direction of one pair, on the device."""
 
     output: FlowOutput
-    steps: tuple[Step, ...]
-    warm: bool
+    state: State
     cold_reason: str
 
 
@@ -254,8 +253,10 @@ class FlowEstimator:
         budget, outputs, direction = self._budget, self._outputs, self._direction
         warm_start = self.warm_start
         asked = ('forward', 'backward') if direction == 'both' else (direction,)
-        estimates = {way: self._estimate(way, old, new, budget, warm_start, watch)
-                     for way in asked}
+        estimates: dict[str, _Estimate] = {}
+        for way in asked:
+            estimates[way] = self._estimate(way, old, new, budget, warm_start, watch,
+                                            other=estimates.get(_REVERSE[way]))
         if len(asked) == 1 and _lacks(estimates[direction].output, outputs):
             way = _REVERSE[direction]
             estimates[way] = self._estimate(way, old, new, budget, warm_start,
@@ -269,7 +270,7 @@ class FlowEstimator:
                 continue  # nothing of it would be used
             past[way] = None
             if explains(flow, a.small, b.small):
-                samples = sample_flow(flow, cell=min(step.level for step in estimate.steps),
+                samples = sample_flow(flow, cell=min(step.level for step in estimate.state.done),
                                       confidence=estimate.output.confidence,
                                       occlusion=estimate.output.occlusion)
                 past[way] = _Past(samples=samples, dt_s=new.stamp - old.stamp)
@@ -281,24 +282,27 @@ class FlowEstimator:
         return replace(results[0], timings_ms=timings, backward=backward), past
 
     def _estimate(self, direction: str, old: _Frame, new: _Frame, budget: Budget,
-                  warm_start: bool, watch: Stopwatch) -> _Estimate:
-        a, b = _ends(direction, old, new)
-        prior, cold_reason = None, 'warm start off'
-        if warm_start and not self.network.accepts_prior:
-            cold_reason = f'{self.network.name} takes no prior flow'
-        elif warm_start:
-            prior, cold_reason = self._prior(direction, a, b)
-            watch.lap('warm_start')
+                  warm_start: bool, watch: Stopwatch, other: _Estimate | None = None) -> _Estimate:
         network, call = self.network, self.runtime.call
-        state = network.start(a.features, b.features, prior_flow=prior,
-                              iterations=budget.iterations, call=call)
-        while state.schedule:
-            state = network.step(state, call=call)
-        watch.lap('steps')
+        state, cold_reason = None, 'warm start off'
+        if other is not None:
+            state, cold_reason = network.reversed(other.state), other.cold_reason
+        if state is None:
+            a, b = _ends(direction, old, new)
+            prior = None
+            if warm_start and not network.accepts_prior:
+                cold_reason = f'{network.name} takes no prior flow'
+            elif warm_start:
+                prior, cold_reason = self._prior(direction, a, b)
+                watch.lap('warm_start')
+            state = network.start(a.features, b.features, prior_flow=prior,
+                                  iterations=budget.iterations, call=call)
+            while state.schedule:
+                state = network.step(state, call=call)
+            watch.lap('steps')
         output = network.finish(state, call=call)
         watch.lap('finish')
-        return _Estimate(output=output, steps=state.done, warm=state.warm,
-                         cold_reason='' if state.warm else cold_reason)
+        return _Estimate(output, state, '' if state.warm else cold_reason)
 
     def _prior(self, direction: str, a: _Frame, b: _Frame) -> tuple[Tensor | None, str]:
         """Return the prior flow from a to b, or None and why there is none."""
@@ -326,8 +330,8 @@ class FlowEstimator:
                 probability = _array(raw.occlusion[0, 0].float())
         flow: Any = _array(output.flow[0].float().permute(1, 2, 0))
         return FlowResult(flow=flow, confidence=confidence, occlusion=occlusion,
-                          occlusion_probability=probability, steps=estimate.steps,
-                          iterations=len(estimate.steps), warm=estimate.warm,
+                          occlusion_probability=probability, steps=estimate.state.done,
+                          iterations=len(estimate.state.done), warm=estimate.state.warm,
                           cold_reason=estimate.cold_reason, direction=direction,
                           stamp_previous=old.stamp, stamp=new.stamp,
                           dt_s=new.stamp - old.stamp, timings_ms={})

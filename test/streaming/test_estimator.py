@@ -530,6 +530,30 @@ def test_hd3_streams_and_its_budget_counts_levels(runtime, options, tmp_path, mo
     assert dict(getattr(flow.runtime, '_engines', {})).keys() == prepared.keys()
 
 
+def test_what_computes_both_directions_anyway_runs_once_for_both(monkeypatch):
+    network = decided_hd3(cues=True)
+    frames = [pan(k, speed=4)[:128, :192] for k in range(2)]
+    alone = {}
+    for direction in ('forward', 'backward'):
+        flow = estimator(network=network, direction=direction, outputs={'occlusion'})
+        flow(frames[0], 0.0)
+        alone[direction] = flow(frames[1], DT)
+    steps = []
+    step0 = network.step0_engine
+    monkeypatch.setattr(network, 'step0_engine', lambda *maps: steps.append(0) or step0(*maps))
+    both = estimator(network=network, direction='both', outputs={'confidence', 'occlusion'})
+    both(frames[0], 0.0)
+    result = both(frames[1], DT)
+    assert len(steps) == 1
+    for found, expected in ((result, alone['forward']), (result.backward, alone['backward'])):
+        assert found.direction == expected.direction
+        assert found.steps == expected.steps and found.cold_reason == 'first'
+        assert found.confidence is not None
+        assert np.quantile(np.abs(found.flow - expected.flow), 0.98) < 1e-3
+        assert np.mean(found.occlusion != expected.occlusion) < 0.02
+    assert np.abs(result.flow - result.backward.flow).max() > 1.0
+
+
 @pytest.mark.parametrize('runtime', ['torch', 'openvino'])
 def test_mscsl_streams_cold_and_its_budget_counts_scales(runtime, tmp_path, monkeypatch):
     if runtime == 'openvino':
