@@ -22,6 +22,7 @@ import pytest
 
 pytest.importorskip('rclpy', reason='rclpy is not installed: pip install ros-rclpy[fastrtps]')
 
+from diagnostic_msgs.msg import DiagnosticArray
 import rclpy
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -52,6 +53,10 @@ def context():
     rclpy.try_shutdown(context=context)
 
 
+def told(info):
+    return {pair.key: pair.value for pair in info.status[0].values}
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_a_model_of_any_family_runs_in_the_node(name, context, tmp_path, monkeypatch):
     family, options = MODELS[name]
@@ -65,15 +70,20 @@ def test_a_model_of_any_family_runs_in_the_node(name, context, tmp_path, monkeyp
     received, executor = {}, SingleThreadedExecutor(context=context)
     for topic in ('flow', 'confidence', 'occlusion'):
         world.create_subscription(Image, f'flow/{topic}',
-                                  lambda message, topic=topic: received.setdefault(topic, message),
+                                  lambda message, topic=topic: received.update({topic: message}),
                                   1)
+    world.create_subscription(DiagnosticArray, 'flow/info',
+                              lambda message: received.update(info=message), 1)
     camera = world.create_publisher(Image, 'image', 1)
     executor.add_node(flow)
     executor.add_node(world)
     texture = np.random.default_rng(0).integers(0, 256, (*SIZE[::-1], 3), dtype=np.uint8)
-    stamp, end = 1_000_000_000, time.monotonic() + 30.0
-    try:
-        while len(received) < 3 and time.monotonic() < end:
+    stamp = 1_000_000_000
+
+    def film(done):
+        nonlocal stamp
+        end = time.monotonic() + 30.0
+        while not done() and time.monotonic() < end:
             stamp += PERIOD_NS
             message = Image(height=SIZE[1], width=SIZE[0], step=3 * SIZE[0], encoding='rgb8')
             message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp, 10 ** 9)
@@ -82,13 +92,21 @@ def test_a_model_of_any_family_runs_in_the_node(name, context, tmp_path, monkeyp
             until = time.monotonic() + 0.1
             while time.monotonic() < until:
                 executor.spin_once(timeout_sec=0.02)
-        assert set(received) == {'flow', 'confidence', 'occlusion'}
+        assert done()
+
+    try:
+        film(lambda: {'flow', 'confidence', 'occlusion', 'info'} <= set(received))
         values = np.frombuffer(received['flow'].data, np.float32)
         assert values.size == 2 * SIZE[0] * SIZE[1]
         assert np.isfinite(values).any()
         estimator = flow._estimator
         assert estimator.network.name == family
         assert estimator.network.options().keys() == options.keys()
+        assert told(received['info'])['iterations'] == '2'
+        # The budget changes while it runs; more than there are means all.
+        for asked, done in ((100, str(estimator.network.default_iterations)), (1, '1')):
+            assert flow.set_parameters([Parameter('iterations', value=asked)])[0].successful
+            film(lambda done=done: told(received['info'])['iterations'] == done)
     finally:
         executor.remove_node(flow)
         flow.close()
