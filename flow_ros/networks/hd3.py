@@ -683,15 +683,6 @@ class HD3(FlowNetwork):
         return replace(state, features_a=state.features_b, features_b=state.features_a,
                        flow=memory[0][:batch], memory=memory)
 
-    def reversed(self, state: State) -> State | None:
-        """Return the state of the other direction, which flow cues compute anyway, else None."""
-        if not self.config.cues:
-            return None
-        batch = state.flow.shape[0]
-        memory = tuple(values.roll(batch, 0) for values in state.memory)
-        return replace(state, features_a=state.features_b, features_b=state.features_a,
-                       flow=memory[0][:batch], memory=memory)
-
     # The density, on request, and training.
 
     def density(self, state: State) -> LevelDensity:
