@@ -19,12 +19,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from flow_ros.evaluation.data_sets import data_set_names, KINDS
+from flow_ros.networks import create
+from flow_ros.networks.hd3 import MULTIPLE
 from flow_ros.synthetic.world import WorldConfig
-from flow_ros.training.objectives import OBJECTIVES
+from flow_ros.training.objectives import make_objective, OBJECTIVES
 from flow_ros.training.recipe import read_recipe, Recipe, recipe_text, Stage, Validation
 from flow_ros.training.sample_augment import AugmentConfig
-from flow_ros.training.sample_loading import DataSetShare
+from flow_ros.training.sample_loading import DataSetShare, PROCEDURAL
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / 'config' / 'train').glob('*.yaml'))
@@ -35,6 +39,23 @@ def test_the_shipped_recipes_are_readable(path: Path) -> None:
     recipe = read_recipe(path)
     assert recipe.network in OBJECTIVES
     assert recipe.stages[-1].until == 1.0
+
+
+@pytest.mark.parametrize('path', SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_recipes_can_be_begun(path: Path) -> None:
+    recipe = read_recipe(path)
+    known = {PROCEDURAL, *data_set_names()}
+    assert {share.name for share in (*recipe.data, *recipe.validation.data)} <= known
+    for share in (*recipe.data, *recipe.validation.data):
+        if share.split is not None:
+            assert share.split in KINDS[share.name].splits
+    with torch.device('meta'):  # its options, without the work of its weights
+        assert create(recipe.network, **recipe.options).name == recipe.network
+    # Its teacher comes out of an earlier training.
+    options = {key: value for key, value in recipe.objective.items() if key != 'teacher'}
+    make_objective(replace(recipe, objective=options))
+    if recipe.network == 'hd3':
+        assert not any(side % MULTIPLE for stage in recipe.stages for side in stage.crop)
 
 
 def test_what_a_run_was_made_of_is_read_back(tmp_path: Path) -> None:

@@ -48,7 +48,9 @@ class HD3ObjectiveConfig:
     sparse: bool = False
     """The truth has holes (KITTI): the known part of each cell is averaged."""
     both: bool = True
-    """Supervise the backward flow as well, where the data know it."""
+    """Supervise the backward flow as well, where the batch has it: that of the procedural
+    world. A sample of a data set is one direction, drawn by chance (``AugmentConfig.reverse``).
+    """
     teacher: str | None = None
     """Weights of the model before this fine-tuning, for IOFPL's distillation (section 3.4)."""
     distillation: float = 0.1
