@@ -108,7 +108,12 @@ class HD3Config:
     cues: bool = False
     """Flow cues (IOFPL 3.4): both directions are computed, each sees the other's flow."""
     calibration: tuple[float, float] = (1.0, 0.0)
-    """(a, b): confidence = sigmoid(a logit(p) + b) of the window's probability p."""
+    """(a, b): confidence = sigmoid(a logit(p) + b) of the window's probability p.
+
+    Fitted to the flow of all five levels. p is about the residual of one level, in cells of
+    that level: after fewer levels the same (a, b) is used, and the confidence is no calibrated
+    probability.
+    """
 
     def __post_init__(self) -> None:
         """Refuse values outside the documented ones."""
@@ -846,7 +851,7 @@ def _disagreement(flow: Tensor, backward: Tensor, cell: int) -> Tensor:
     """Return (B, 1, h, w) in 0..1: how far the two directions contradict each other.
 
     e^2 / (e^2 + t) with the error e of the round trip and t, the squared error that two right
-    flows may show (Sundaram et al., ECCV 2010), in full-resolution px; 1 out of the image.
+    flows may show (Sundaram et al., ECCV 2010), in px of the resized image; 1 out of it.
     """
     back = warp(backward, flow)
     error = (flow + back).square().sum(dim=1, keepdim=True) * cell ** 2
