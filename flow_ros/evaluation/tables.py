@@ -95,7 +95,7 @@ def means_table(report: Report) -> Table:
 
 def calibration_table(calibration: Calibration, title: str = 'confidence') -> Table:
     """Return the reliability table of confidence."""
-    table = _table(f'{title}: expected calibration error {calibration.error:.3f}')
+    table = _table(f'{title}: calibration error {calibration.error:.3f}')
     for title in ('confidence', 'pixels %', 'mean confidence', 'share correct'):
         table.add_column(title, justify='right')
     total = int(calibration.pixels.sum())

@@ -100,8 +100,8 @@ def shipped_folders() -> list[Path]:
 
 
 def model_folders() -> list[Path]:
-    """Return the folders models are looked for in; the user's imports come last."""
-    return [*shipped_folders(), user_folder()]
+    """Return the folders models are looked for in, each once; the user's imports come last."""
+    return list(dict.fromkeys([*shipped_folders(), user_folder()]))
 
 
 def is_name(name: str) -> bool:

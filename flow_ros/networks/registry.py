@@ -90,9 +90,9 @@ def create(name: str, weights: str | Path | None = None, **options: Any) -> Flow
     ``weights``: None for untrained ones, 'default' for those of the model (of a family: the
     model of the same name), or a path to safetensors or to a published checkpoint (``.pth``).
     ``options`` are the fields of the network's configuration. Those that a weights file was
-    made with are taken from it, and those of a model from the model; to ask for others is an
-    error, but for the network's ``free_options``. Raises ValueError for an unknown name or
-    option and WeightsError for weights that cannot be used.
+    made with are taken from it, and those of a model from the model; to ask for others with
+    these weights is an error, but for the network's ``free_options``. Raises ValueError for an
+    unknown name or option and WeightsError for weights that cannot be used.
     """
     family, named = _named(name)
     given = {key: _tuples(value) for key, value in {**named, **options}.items()}
