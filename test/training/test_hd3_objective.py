@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Generator
+from torch.nn import functional
 
 from flow_ros.networks import create, save
 from flow_ros.networks.hd3 import HD3
@@ -49,8 +50,8 @@ def batch() -> Batch:
                 if (found := data.batch(0, stage, seeded(seed))).previous is not None)
 
 
-def network(options: dict[str, object] = OPTIONS) -> HD3:
-    torch.manual_seed(0)
+def network(options: dict[str, object] = OPTIONS, seed: int = 0) -> HD3:
+    torch.manual_seed(seed)
     made = create('hd3', **options).train()
     assert isinstance(made, HD3)
     return made
@@ -131,7 +132,7 @@ def test_distillation_adds_what_the_teacher_knows(batch: Batch, tmp_path: Path) 
     plain = losses(batch, made, options=ALL)
     found = losses(batch, made, options=ALL, teacher=str(path), least_confidence=0.0)
     assert set(found.parts) == {'density', 'distillation'}
-    assert float(found.parts['density']) == pytest.approx(0.9 * float(plain.total), rel=1e-4)
+    assert float(found.parts['density']) == pytest.approx(0.9 * float(plain.total.detach()), rel=1e-4)
     found.total.backward()
     # A teacher that trusts nothing teaches nothing.
     silent = losses(batch, made, options=ALL, teacher=str(path), least_confidence=1.0)
@@ -146,17 +147,47 @@ def test_options_of_the_objective_are_checked() -> None:
             make_objective(Recipe(network='hd3', options=dict(OPTIONS), objective=objective))
 
 
-def test_it_is_learnt(batch: Batch) -> None:
+def shifted_pairs(count: int = 4, size: int = 64, farthest: int = 12) -> Batch:
+    """Return noise on all scales, each pair moved by whole pixels of its own, around the edge."""
+    random = seeded(100)
+    images = torch.full((count, 3, size, size), 127.0)
+    for cell in (2, 4, 8, 16):
+        noise = torch.randn(count, 3, size // cell, size // cell, generator=random)
+        images += 45 * functional.interpolate(noise, size=(size, size), mode='bilinear')
+    images = images.clamp(0, 255)
+    motion = torch.randint(-farthest, farthest + 1, (count, 2), generator=random)
+    moved = torch.stack([image.roll((int(v), int(u)), (1, 2))
+                         for image, (u, v) in zip(images, motion)])
+    flow = motion.float()[:, :, None, None].expand(count, 2, size, size)
+    return Batch(images, moved, flow, None)
+
+
+def learnt(seed: int, steps: int = 96) -> tuple[float, float, float, float]:
+    """Return the loss before and after training, and that with wrong flows and wrong images."""
     options = {**OPTIONS, 'stop_gradients': True}
-    made = network(options)
-    optimizer = torch.optim.Adam(made.parameters(), 5e-3)
+    made, given = network(options, seed), shifted_pairs()
+    optimizer = torch.optim.Adam(made.parameters(), 1e-2)
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
     seen = []
-    for _ in range(16):
+    for _ in range(steps):
         optimizer.zero_grad()
-        # All pixels: with max-pooling, what comes into reach adds to the loss at first.
-        found = losses(batch, made, options=options)
+        found = losses(given, made, options=options)
         found.total.backward()
         optimizer.step()
-        seen.append((float(found.total.detach()), float(found.epe)))
-    assert seen[-1][0] < 0.8 * seen[0][0]
-    assert seen[-1][1] < 0.7 * seen[0][1]
+        decay.step()
+        seen.append(float(found.total.detach()))
+    with torch.no_grad():
+        wrong = [float(losses(each, made, options=options).total)
+                 for each in (replace(given, flow=given.flow.roll(1, 0)),
+                              replace(given, image2=given.image2.roll(1, 0)))]
+    return seen[0], seen[-1], *wrong
+
+
+def test_pairs_are_learnt_each_with_its_own_motion() -> None:
+    before, after, wrong_flow, wrong_image = learnt(0)
+    # That most motions are small is learnt as well, and soon. What is learnt here is more: of
+    # these pairs, which moves how. Of three seeds: 0.17 to 0.24 of the first loss, and 1.7 to
+    # 2.8 times as much for what is wrong.
+    assert after < 0.5 * before
+    assert wrong_flow > 1.3 * after
+    assert wrong_image > 1.3 * after
