@@ -21,24 +21,20 @@ with the losses of the trainer, and evaluates it on scenes of another seed. Prin
 The JSON file is written after every variant, and what it holds is not trained again.
 """
 
-import argparse
 from dataclasses import dataclass, field
-from pathlib import Path
 import time
 from typing import Any
 
 from small_training import (
+    arguments,
     cells,
+    compare,
     evaluate,
-    held_out_batches,
     images,
-    read,
+    keep_fastest,
     runs_of,
     train,
-    training_batches,
     wait,
-    write,
-    zero_flow,
 )
 import torch
 from torch import Generator, Tensor
@@ -102,44 +98,21 @@ TABLES = {
 
 def main() -> None:
     """Train what is missing and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=500, help='of training, per variant')
-    parser.add_argument('--seeds', type=int, default=1, help='runs of each variant')
-    parser.add_argument('--learning-rate', type=float, default=1e-3)
-    parser.add_argument('--held-out', type=int, default=48, help='pairs to evaluate on')
-    parser.add_argument('--variants', nargs='*', choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument('--json', type=Path, default=Path('ablations.json'))
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--threads', type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    settings = {'steps': options.steps, 'batch': TRAIN.batch, 'crop': list(TRAIN.crop),
-                'learning_rate': options.learning_rate, 'motion_px': MOTION_PX,
-                'held_out': options.held_out, 'iterations': ITERATIONS}
-    results = read(options.json, settings)
-    held_out = held_out_batches(HELD_OUT, options.held_out, device)
-    results['zero_flow'] = zero_flow(held_out)
-    for seed in range(options.seeds):
-        todo = [name for name in options.variants if f'{name} #{seed}' not in results['runs']]
-        if not todo:
-            continue
-        batches = training_batches(TRAIN, seed, options.steps, device)
-        for name in todo:
-            results['runs'][f'{name} #{seed}'] = run(
-                VARIANTS[name], batches, held_out, seed, options.learning_rate, name)
-            write(options.json, results)
-    for name, fastest in milliseconds(options.variants, device).items():
-        results['ms'][name] = min(fastest, results['ms'].get(name, float('inf')))
-    write(options.json, results)
+    options = arguments(__doc__, VARIANTS, steps=500, json_file='ablations.json').parse_args()
+
+    def run_one(name: str, seen: list[Batch], held_out: list[Batch],
+                seed: int) -> dict[str, Any]:
+        return run(VARIANTS[name], seen, held_out, seed, options.learning_rate, name)
+
+    results = compare(options, TRAIN, HELD_OUT, run_one, {'iterations': ITERATIONS})
+    keep_fastest(results, milliseconds(options.variants, torch.device(options.device)),
+                 options.json)
     print(tables(results))
 
 
 def run(variant: Variant, batches: list[Batch], held_out: list[Batch], seed: int,
-        learning_rate: float, name: str) -> dict[str, float]:
+        learning_rate: float, name: str) -> dict[str, Any]:
     """Train ``variant`` on ``batches``, once each, and measure it."""
-    began = time.monotonic()
     torch.manual_seed(seed)  # the initial weights
     network = create('dip_rt', **variant.options)
     assert isinstance(network, DipRt)
@@ -150,8 +123,7 @@ def run(variant: Variant, batches: list[Batch], held_out: list[Batch], seed: int
     random = Generator().manual_seed(20)
     measured = evaluate(network, lambda batch: estimate(network, batch, variant, random),
                         held_out)
-    return {**measured, 'loss': loss, 'parameters': count_parameters(network),
-            'train_s': round(time.monotonic() - began)}
+    return {**measured, 'loss': loss, 'parameters': count_parameters(network)}
 
 
 def training_loss(network: DipRt, batch: Batch, variant: Variant, random: Generator) -> Tensor:

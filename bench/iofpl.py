@@ -24,7 +24,6 @@ at zero flow, and there is nothing to compare. Prints the table. The JSON file i
 every run, and what it holds is not trained again.
 """
 
-import argparse
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -33,17 +32,16 @@ import time
 from typing import Any
 
 from small_training import (
+    arguments,
     cells,
+    compare,
+    encoder_of,
     evaluate,
-    held_out_batches,
     images,
-    read,
+    keep_fastest,
     runs_of,
     train,
-    training_batches,
     wait,
-    write,
-    zero_flow,
 )
 import torch
 from torch import Generator, Tensor
@@ -89,57 +87,26 @@ VARIANTS = {
 
 def main() -> None:
     """Train what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=600, help='of training, per variant')
-    parser.add_argument('--seeds', type=int, default=1, help='runs of each variant')
-    parser.add_argument('--learning-rate', type=float, default=1e-3)
+    parser = arguments(__doc__, VARIANTS, steps=600, json_file='iofpl.json')
     parser.add_argument('--encoder', type=Path, help='weights whose encoder all begin with')
-    parser.add_argument('--held-out', type=int, default=48, help='pairs to evaluate on')
-    parser.add_argument('--variants', nargs='*', choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument('--json', type=Path, default=Path('iofpl.json'))
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--threads', type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    settings = {'steps': options.steps, 'batch': TRAIN.batch, 'crop': list(TRAIN.crop),
-                'learning_rate': options.learning_rate, 'motion_px': MOTION_PX,
-                'held_out': options.held_out,
-                'encoder': options.encoder.name if options.encoder else None}
-    encoder = None if options.encoder is None else encoder_of(options.encoder)
-    results = read(options.json, settings)
-    held_out = held_out_batches(HELD_OUT, options.held_out, device)
-    results['zero_flow'] = zero_flow(held_out)
-    for seed in range(options.seeds):
-        todo = [name for name in options.variants if f'{name} #{seed}' not in results['runs']]
-        if not todo:
-            continue
-        batches = training_batches(TRAIN, seed, options.steps, device)
-        for name in todo:
-            began = time.monotonic()
-            torch.manual_seed(seed)  # the initial weights
-            network = make(name).to(device)
-            if encoder is not None:
-                network.encoder.load_state_dict(encoder)
-            loss = train(network, batches, _loss(network, VARIANTS[name], device), seed=seed,
-                         learning_rate=options.learning_rate, name=name)
-            results['runs'][f'{name} #{seed}'] = {
-                **evaluate(network, _flow(network), held_out),
-                'loss': loss, 'parameters': count_parameters(network),
-                'train_s': round(time.monotonic() - began)}
-            write(options.json, results)
-    for name, fastest in milliseconds(options.variants, device).items():
-        results['ms'][name] = min(fastest, results['ms'].get(name, float('inf')))
-    write(options.json, results)
+    encoder = encoder_of('hd3', options.encoder)
+
+    def run(name: str, seen: list[Batch], held_out: list[Batch], seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)  # the initial weights
+        network = make(name).to(device)
+        if encoder is not None:
+            network.encoder.load_state_dict(encoder)
+        loss = train(network, seen, _loss(network, VARIANTS[name], device), seed=seed,
+                     learning_rate=options.learning_rate, name=name)
+        return {**evaluate(network, lambda batch: network(*images(batch)).flow, held_out),
+                'loss': loss, 'parameters': count_parameters(network)}
+
+    results = compare(options, TRAIN, HELD_OUT, run,
+                      {'encoder': options.encoder.name if options.encoder else None})
+    keep_fastest(results, milliseconds(options.variants, device), options.json)
     print(table(results))
-
-
-def encoder_of(path: Path) -> dict[str, Tensor]:
-    """Return the weights of the encoder in ``path``."""
-    network = create('hd3', path)
-    assert isinstance(network, HD3)
-    return network.encoder.state_dict()
 
 
 def make(name: str) -> HD3:
@@ -163,11 +130,6 @@ def _loss(network: FlowNetwork, variant: Variant, device: torch.device
         return objective(network, replace(batch, image1=first, image2=second), random).total
 
     return loss
-
-
-def _flow(network: FlowNetwork) -> Callable[[Batch], Tensor]:
-    """Return what estimates the forward flow of a batch."""
-    return lambda batch: network(*images(batch)).flow
 
 
 @torch.no_grad()

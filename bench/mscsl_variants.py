@@ -24,24 +24,20 @@ none of them to match, and there is nothing to compare. Prints the tables. The J
 written after every variant, and what it holds is not trained again.
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
-import time
 from typing import Any
 
 from small_training import (
+    arguments,
     cells,
+    compare,
+    encoder_of,
     evaluate,
-    held_out_batches,
     images,
     MEASURES,
-    read,
     runs_of,
     train,
-    training_batches,
-    write,
-    zero_flow,
 )
 import torch
 from torch import Generator, Tensor
@@ -80,55 +76,26 @@ VARIANTS = {
 
 def main() -> None:
     """Train what is missing and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, default=600, help='of training, per variant')
-    parser.add_argument('--seeds', type=int, default=1, help='runs of each variant')
-    parser.add_argument('--learning-rate', type=float, default=1e-3)
+    parser = arguments(__doc__, VARIANTS, steps=600, json_file='mscsl_variants.json')
     parser.add_argument('--matching', type=float, default=2.0, help='weight of its loss')
     parser.add_argument('--encoder', type=Path, help='weights whose encoder all begin with')
-    parser.add_argument('--held-out', type=int, default=48, help='pairs to evaluate on')
-    parser.add_argument('--variants', nargs='*', choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument('--json', type=Path, default=Path('mscsl_variants.json'))
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--threads', type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    device = torch.device(options.device)
-    settings = {'steps': options.steps, 'batch': TRAIN.batch, 'crop': list(TRAIN.crop),
-                'learning_rate': options.learning_rate, 'matching': options.matching,
-                'motion_px': MOTION_PX, 'held_out': options.held_out, 'options': WIDTHS,
+    encoder = encoder_of('mscsl', options.encoder)
+
+    def run_one(name: str, seen: list[Batch], held_out: list[Batch],
+                seed: int) -> dict[str, Any]:
+        return run(VARIANTS[name], seen, held_out, seed, options.learning_rate,
+                   options.matching, name, encoder)
+
+    settings = {'matching': options.matching, 'options': WIDTHS,
                 'encoder': options.encoder.name if options.encoder else None}
-    encoder = None if options.encoder is None else encoder_of(options.encoder)
-    results = read(options.json, settings)
-    held_out = held_out_batches(HELD_OUT, options.held_out, device)
-    results['zero_flow'] = zero_flow(held_out)
-    for seed in range(options.seeds):
-        todo = [name for name in options.variants if f'{name} #{seed}' not in results['runs']]
-        if not todo:
-            continue
-        batches = training_batches(TRAIN, seed, options.steps, device)
-        for name in todo:
-            results['runs'][f'{name} #{seed}'] = run(
-                VARIANTS[name], batches, held_out, seed, options.learning_rate,
-                options.matching, name, encoder)
-            write(options.json, results)
-    write(options.json, results)
-    print(tables(results))
-
-
-def encoder_of(path: Path) -> dict[str, Tensor]:
-    """Return the weights of the encoder in ``path``."""
-    network = create('mscsl', path)
-    assert isinstance(network, MSCSL)
-    return network.encoder.state_dict()
+    print(tables(compare(options, TRAIN, HELD_OUT, run_one, settings)))
 
 
 def run(variant: Variant, batches: list[Batch], held_out: list[Batch], seed: int,
         learning_rate: float, matching: float, name: str,
         encoder: dict[str, Tensor] | None = None) -> dict[str, Any]:
     """Train ``variant`` on ``batches``, once each, and measure it at every number of scales."""
-    began = time.monotonic()
     device = batches[0].flow.device
     torch.manual_seed(seed)  # the initial weights
     network = create('mscsl', variant=variant.variant, **WIDTHS)
@@ -163,7 +130,7 @@ def run(variant: Variant, batches: list[Batch], held_out: list[Batch], seed: int
 
         scales[str(count)] = evaluate(network, flow_of, held_out)
     return {**scales[str(len(SCALES))], 'scales': scales, 'loss': loss,
-            'parameters': count_parameters(network), 'train_s': round(time.monotonic() - began)}
+            'parameters': count_parameters(network)}
 
 
 def tables(results: dict[str, Any]) -> str:

@@ -19,10 +19,12 @@ the same draws, and are measured on the same held-out pairs. Results go to a JSO
 each run, so a comparison that is started again goes on where it was.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import json
 from pathlib import Path
 import platform
+import time
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from torch import Generator, nn, Tensor
 from tqdm import tqdm
 
 from flow_ros.evaluation.metrics import flow_metrics
+from flow_ros.networks import create
 from flow_ros.synthetic.camera import CLEAN
 from flow_ros.synthetic.world import World, WorldConfig
 from flow_ros.training.augment import Batch
@@ -40,6 +43,70 @@ from flow_ros.training.trainer import schedule
 
 HELD_OUT_SEED = 1_000_003
 MEASURES = ('epe', 'fl_all', 'outliers_1px')
+
+
+Run = Callable[[str, list[Batch], list[Batch], int], dict[str, Any]]
+"""(variant, batches to train on, held-out batches, seed) -> what the JSON keeps of it."""
+
+
+def arguments(description: str | None, variants: Iterable[str], *, steps: int,
+              json_file: str) -> argparse.ArgumentParser:
+    """Return the parser of what every comparison can be told."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--steps', type=int, default=steps, help='of training, per variant')
+    parser.add_argument('--seeds', type=int, default=1, help='runs of each variant')
+    parser.add_argument('--learning-rate', type=float, default=1e-3)
+    parser.add_argument('--held-out', type=int, default=48, help='pairs to evaluate on')
+    parser.add_argument('--variants', nargs='*', choices=list(variants), default=list(variants))
+    parser.add_argument('--json', type=Path, default=Path(json_file))
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, default=1)
+    return parser
+
+
+def compare(options: argparse.Namespace, stage: Stage, held_out_stage: Stage, run: Run,
+            settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Run every variant and seed that the JSON file does not hold yet; return all results.
+
+    ``settings``: what else, beside the common options, results must share to be comparable.
+    """
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    results = read(options.json, {
+        'steps': options.steps, 'batch': stage.batch, 'crop': list(stage.crop),
+        'learning_rate': options.learning_rate, 'motion_px': stage.largest_motion_px,
+        'held_out': options.held_out, **settings})
+    held_out = held_out_batches(held_out_stage, options.held_out, device)
+    results['zero_flow'] = zero_flow(held_out)
+    for seed in range(options.seeds):
+        todo = [name for name in options.variants if f'{name} #{seed}' not in results['runs']]
+        if not todo:
+            continue
+        seen = training_batches(stage, seed, options.steps, device)
+        for name in todo:
+            began = time.monotonic()
+            kept = run(name, seen, held_out, seed)
+            results['runs'][f'{name} #{seed}'] = {
+                **kept, 'train_s': round(time.monotonic() - began)}
+            write(options.json, results)
+    write(options.json, results)
+    return results
+
+
+def keep_fastest(results: dict[str, Any], times: Mapping[str, float], path: Path) -> None:
+    """Keep the least ``times`` (ms) of each variant, of this and of earlier calls."""
+    for name, fastest in times.items():
+        results['ms'][name] = min(fastest, results['ms'].get(name, float('inf')))
+    write(path, results)
+
+
+def encoder_of(family: str, path: Path | None) -> dict[str, Tensor] | None:
+    """Return the weights of the encoder in the weights file ``path``, None without one."""
+    if path is None:
+        return None
+    encoder = create(family, path).get_submodule('encoder')
+    return dict(encoder.state_dict())
 
 
 def batches(stage: Stage, seed: int, count: int, device: torch.device,
