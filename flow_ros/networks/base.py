@@ -190,10 +190,24 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def check_prior(prior_flow: Tensor, size: tuple[int, int]) -> None:
-    """Raise ValueError unless ``prior_flow`` is (B, 2, H, W) of ``size`` and finite."""
-    if prior_flow.ndim != 4 or prior_flow.shape[1] != 2 or prior_flow.shape[-2:] != size:
-        raise ValueError(f'prior_flow must be (B, 2, {size[0]}, {size[1]}), full-resolution px; '
+def check_pair(features_a: Features, features_b: Features) -> None:
+    """Raise ValueError unless the features are of two frames of one size and batch."""
+    shapes = [tuple(features.tensors[0].shape) for features in (features_a, features_b)]
+    if features_a.size != features_b.size or shapes[0] != shapes[1]:
+        raise ValueError(f'both frames must have one size and batch; seen {features_a.size} and '
+                         f'{features_b.size}, features {shapes[0]} and {shapes[1]}')
+
+
+def check_prior(prior_flow: Tensor, features: Features) -> None:
+    """Raise ValueError unless ``prior_flow`` is (B, 2, H, W) of ``features``, and finite."""
+    height, width = features.size
+    batch = features.tensors[0].shape[0]
+    if (prior_flow.ndim != 4 or prior_flow.shape[1] != 2
+            or tuple(prior_flow.shape[-2:]) != (height, width)):
+        raise ValueError(f'prior_flow must be (B, 2, {height}, {width}), full-resolution px; '
                          f'seen {tuple(prior_flow.shape)}')
     if not bool(torch.isfinite(prior_flow).all()):
         raise ValueError('prior_flow has NaN or infinite values: fill its holes first')
+    if prior_flow.shape[0] != batch:
+        raise ValueError(f'prior_flow must have the batch of the features, {batch}; seen '
+                         f'{prior_flow.shape[0]}')

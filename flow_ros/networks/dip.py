@@ -39,6 +39,7 @@ from torch.utils.checkpoint import checkpoint
 from flow_ros.networks.base import (
     Call,
     check_images,
+    check_pair,
     check_prior,
     Features,
     FlowNetwork,
@@ -328,17 +329,14 @@ class DIP(FlowNetwork):
         the flow with which the level starts. A cold start takes one, its start flow.
         """
         count = self._iterations(iterations)
-        _check_pair(features_a, features_b)
+        check_pair(features_a, features_b)
         quarter = features_a.tensors[0]
         levels: tuple[int, ...] = COLD_LEVELS
         if prior_flow is None:
             height, width = features_a.tensors[-1].shape[-2:]
             flow = quarter.new_zeros((quarter.shape[0], 2, height, width), dtype=torch.float32)
         else:
-            check_prior(prior_flow, features_a.size)
-            if prior_flow.shape[0] != quarter.shape[0]:
-                raise ValueError(f'prior_flow must have the batch of the features, '
-                                 f'{quarter.shape[0]}; seen {prior_flow.shape[0]}')
+            check_prior(prior_flow, features_a)
             levels = warm_levels(prior_flow, (quarter.shape[-2], quarter.shape[-1]))
             padded = functional.pad(prior_flow.to(quarter.device, torch.float32),
                                     _padding(*features_a.size), mode='replicate')
@@ -484,13 +482,6 @@ def warm_levels(prior_flow: Tensor, quarter: tuple[int, int]) -> tuple[int, ...]
     while count < wanted and max(height, width) >= WARM_SMALLEST_SIDE:
         height, width, count = height // 2, width // 2, count + 1
     return WARM_LEVELS[-count:]
-
-
-def _check_pair(features_a: Features, features_b: Features) -> None:
-    shapes = [tuple(features.tensors[0].shape) for features in (features_a, features_b)]
-    if features_a.size != features_b.size or shapes[0] != shapes[1]:
-        raise ValueError(f'both frames must have one size and batch; seen {features_a.size} and '
-                         f'{features_b.size}, features {shapes[0]} and {shapes[1]}')
 
 
 def _check_noise(noise: Sequence[Tensor], shapes: list[tuple[int, ...]]) -> None:

@@ -279,10 +279,7 @@ class DipRt(FlowNetwork):
                                      dtype=torch.float32)
             return State(features_a, features_b, level=16, flow=flow, schedule=cold,
                          memory=(features_a.tensors[1],))
-        check_prior(prior_flow, features_a.size)
-        if prior_flow.shape[0] != match16.shape[0]:
-            raise ValueError(f'prior_flow must have the batch of the features, '
-                             f'{match16.shape[0]}; seen {prior_flow.shape[0]}')
+        check_prior(prior_flow, features_a)
         prior_flow = prior_flow.to(match16.device, torch.float32)
         # A high quantile, so that one bad pixel of a prior does not double the work.
         motion = prior_flow.detach().abs().amax(dim=1)[..., ::8, ::8].flatten()

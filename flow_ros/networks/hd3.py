@@ -48,6 +48,7 @@ from torch.nn import functional
 from flow_ros.networks.base import (
     Call,
     check_images,
+    check_pair,
     check_prior,
     Features,
     FlowNetwork,
@@ -626,16 +627,13 @@ class HD3(FlowNetwork):
         ``prior_flow`` (B, 2, H, W), full-resolution px, is where the coarsest level starts.
         """
         count = self._levels(iterations)
-        _check_pair(features_a, features_b)
+        check_pair(features_a, features_b)
         coarsest = features_a.tensors[0]
         if prior_flow is None:
             flow = torch.zeros((coarsest.shape[0], 2, *coarsest.shape[-2:]),
                                device=coarsest.device)
         else:
-            check_prior(prior_flow, features_a.size)
-            if prior_flow.shape[0] != coarsest.shape[0]:
-                raise ValueError(f'prior_flow must have the batch of the features, '
-                                 f'{coarsest.shape[0]}; seen {prior_flow.shape[0]}')
+            check_prior(prior_flow, features_a)
             flow = self._offset(prior_flow.to(coarsest.device, torch.float32), features_a)
         both = flow
         if self.config.cues:
@@ -801,13 +799,6 @@ def _working_size_of(features: Features) -> tuple[int, int]:
     """Return the size in px that the features were made at."""
     rows, columns = features.tensors[0].shape[-2:]
     return rows * LEVELS[0], columns * LEVELS[0]
-
-
-def _check_pair(features_a: Features, features_b: Features) -> None:
-    shapes = [tuple(features.tensors[0].shape) for features in (features_a, features_b)]
-    if features_a.size != features_b.size or shapes[0] != shapes[1]:
-        raise ValueError(f'both frames must have one size and batch; seen {features_a.size} and '
-                         f'{features_b.size}, features {shapes[0]} and {shapes[1]}')
 
 
 def _joined(maps: list[Tensor]) -> Tensor:

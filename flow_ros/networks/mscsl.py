@@ -54,6 +54,7 @@ from torch.nn import functional
 
 from flow_ros.networks.base import (
     Call,
+    check_pair,
     Features,
     FlowNetwork,
     FlowOutput,
@@ -301,9 +302,7 @@ class MSCSL(FlowNetwork):
             raise ValueError(f'iterations (here the number of scales) must be at least 1; seen '
                              f'{count}')
         coarsest = features_a.tensors[1]
-        if features_b.tensors[1].shape != coarsest.shape or features_a.size != features_b.size:
-            raise ValueError(f'both frames must have one size; seen {features_a.size} and '
-                             f'{features_b.size}')
+        check_pair(features_a, features_b)
         return State(features_a, features_b, level=SCALES[0], flow=_still(coarsest),
                      schedule=tuple(Step(level, 'scale') for level in SCALES[:count]))
 
