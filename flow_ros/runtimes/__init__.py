@@ -14,7 +14,7 @@
 
 """Where a network runs: one runtime executes one network's engine functions on one device."""
 
-from flow_ros.runtimes.base import Runtime, RuntimeUnavailable
+from flow_ros.runtimes.base import EngineFault, Runtime, RuntimeUnavailable
 from flow_ros.runtimes.factory import create_runtime, RUNTIMES
 
-__all__ = ['create_runtime', 'Runtime', 'RUNTIMES', 'RuntimeUnavailable']
+__all__ = ['create_runtime', 'EngineFault', 'Runtime', 'RUNTIMES', 'RuntimeUnavailable']

@@ -14,18 +14,26 @@
 
 """What every runtime offers."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flow_ros.networks.base import FlowNetwork
+from flow_ros.networks.base import Call, FlowNetwork, FlowOutput, State
 
 PRECISIONS: tuple[str, ...] = ('f32', 'fast')
+
+Lap = Callable[[str], None]
+"""Ends a part of the work that is timed; its argument names the part."""
 
 
 class RuntimeUnavailable(RuntimeError):  # noqa: N818 -- a state of the machine, as it reads
     """This runtime, or the device asked for, cannot be had on this machine."""
+
+
+class EngineFault(RuntimeError):  # noqa: N818 -- a fault of the engine, as it reads
+    """An engine failed, or gave what no engine may give: another runtime can do the frame."""
 
 
 class Runtime(Protocol):
@@ -41,8 +49,32 @@ class Runtime(Protocol):
     reason: str
 
     def call(self, engine: str, /, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Run one engine; the results are the caller's own, no later call changes them."""
+        """Run one engine; the results are the caller's own, no later call changes them.
+
+        Raises EngineFault where the engine itself fails.
+        """
         ...
+
+    def loop(self, state: State, lap: Lap | None = None) -> tuple[State, FlowOutput]:
+        """Do all the steps of ``state.schedule``, then finish: the state after, the output.
+
+        The results are the caller's own, as those of ``call``. ``lap`` is told 'steps' and
+        'finish' as they end; where both are one piece of work, 'steps' once, after it.
+        """
+        ...
+
+
+def run_loop(network: FlowNetwork, state: State, call: Call,
+             lap: Lap | None = None) -> tuple[State, FlowOutput]:
+    """Do the steps and finish one by one: the plain ``loop`` of a runtime."""
+    while state.schedule:
+        state = network.step(state, call=call)
+    if lap is not None:
+        lap('steps')
+    output = network.finish(state, call=call)
+    if lap is not None:
+        lap('finish')
+    return state, output
 
 
 def check_precision(precision: str) -> None:

@@ -29,7 +29,8 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 import torch
 from torch import nn, Tensor
 
-from flow_ros.networks.base import FlowNetwork
+from flow_ros.networks.base import FlowNetwork, FlowOutput, State
+from flow_ros.runtimes.base import Lap, run_loop
 
 _MOST_ENGINES = 32
 """Of a stream that changes its size again and again, the oldest engines are given up."""
@@ -75,6 +76,10 @@ class OpenVinoRuntime:
                 self._engines.popitem(last=False)
         self._engines.move_to_end(key)
         return compiled.run(tensors)
+
+    def loop(self, state: State, lap: Lap | None = None) -> tuple[State, FlowOutput]:
+        """Do the steps of ``state`` and finish."""
+        return run_loop(self.network, state, self.call, lap)
 
     def _compile(self, engine: str, tensors: tuple[Tensor, ...]) -> '_Engine':
         # Not in inference mode, which the caller may be in: the tracer needs plain tensors.

@@ -17,7 +17,8 @@
 import torch
 from torch import Tensor
 
-from flow_ros.networks.base import FlowNetwork
+from flow_ros.networks.base import FlowNetwork, FlowOutput, State
+from flow_ros.runtimes.base import Lap, run_loop
 
 
 class TorchRuntime:
@@ -44,3 +45,7 @@ class TorchRuntime:
         with torch.inference_mode(), torch.backends.cudnn.flags(
                 enabled=True, benchmark=False, allow_tf32=self._tf32):
             return self.network.engine(engine, *tensors)
+
+    def loop(self, state: State, lap: Lap | None = None) -> tuple[State, FlowOutput]:
+        """Do the steps of ``state`` and finish."""
+        return run_loop(self.network, state, self.call, lap)

@@ -283,7 +283,7 @@ class FlowEstimator:
 
     def _estimate(self, direction: str, old: _Frame, new: _Frame, budget: Budget,
                   warm_start: bool, watch: Stopwatch, other: _Estimate | None = None) -> _Estimate:
-        network, call = self.network, self.runtime.call
+        network = self.network
         state, cold_reason = None, 'warm start off'
         if other is not None:
             state, cold_reason = network.reversed(other.state), other.cold_reason
@@ -296,12 +296,8 @@ class FlowEstimator:
                 prior, cold_reason = self._prior(direction, a, b)
                 watch.lap('warm_start')
             state = network.start(a.features, b.features, prior_flow=prior,
-                                  iterations=budget.iterations, call=call)
-            while state.schedule:
-                state = network.step(state, call=call)
-            watch.lap('steps')
-        output = network.finish(state, call=call)
-        watch.lap('finish')
+                                  iterations=budget.iterations, call=self.runtime.call)
+        state, output = self.runtime.loop(state, watch.lap)
         return _Estimate(output, state, '' if state.warm else cold_reason)
 
     def _prior(self, direction: str, a: _Frame, b: _Frame) -> tuple[Tensor | None, str]:

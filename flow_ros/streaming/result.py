@@ -33,7 +33,8 @@ class FlowResult:
     ``occlusion_probability`` (H, W) float32 also where the network does not predict it.
     ``steps`` are those really done and ``iterations`` their number. ``cold_reason`` says why
     the start was not warm, '' when it was. ``timings_ms`` holds encode, warm_start, steps,
-    finish, output, total, and check where the other direction was computed as a check only.
+    finish (in steps where the runtime does both as one), output, total, and check where the
+    other direction was computed as a check only.
     ``backward`` is set when both directions were asked for. Arrays are the receiver's own.
     """
 
