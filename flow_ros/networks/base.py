@@ -22,7 +22,7 @@ engine of the same name. So the loop, the schedule and the budget stay in Python
 written once, whatever executes the tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, MISSING, replace
 from typing import Any
 
@@ -98,7 +98,9 @@ class FlowNetwork(nn.Module):
     ``accepts_prior`` (False: there is no warm start), and implement the four acts.
     ``budget_unit`` is what a budget counts, in words; ``free_options`` are the fields of the
     configuration that may differ from those the weights were made with. Where
-    ``takes_calibration``, ``set_calibration`` moves the confidence.
+    ``takes_calibration``, ``set_calibration`` moves the confidence. ``tensor_names`` says what
+    the tensors of an engine are called in its exported form, (inputs, outputs); an engine that
+    takes or returns fewer has the first of them.
     """
 
     name: str = ''
@@ -108,6 +110,7 @@ class FlowNetwork(nn.Module):
     budget_unit: str = 'iterations per level'
     free_options: frozenset[str] = frozenset()
     takes_calibration: bool = False
+    tensor_names: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {}
 
     def options(self) -> dict[str, Any]:
         """Return the fields of ``config`` (a dataclass) that differ from their defaults.

@@ -267,6 +267,11 @@ class DIP(FlowNetwork):
     default_iterations = 6
     free_options = frozenset({'start_flow', 'warm_noise'})
     engines = ('encode', 'step', 'upsample')
+    tensor_names = {
+        'encode': (('image',), ('features_4', 'features_8', 'features_16')),
+        'step': (('features_a', 'features_b', 'context', 'hidden', 'flow'),
+                 ('next_hidden', 'next_flow')),
+        'upsample': (('hidden', 'flow'), ('fine_flow',))}
 
     def __init__(self, config: DIPConfig = DIPConfig()) -> None:
         super().__init__()

@@ -237,6 +237,12 @@ class DipRt(FlowNetwork):
     default_iterations = 4
     free_options = frozenset({'warm_level_px'})
     takes_calibration = True
+    tensor_names = {
+        'encode': (('image',), ('match_16', 'hidden_16', 'context_16',
+                                'match_8', 'hidden_8', 'context_8')),
+        'step': (('match_a', 'match_b', 'context', 'hidden', 'flow'),
+                 ('next_hidden', 'next_flow')),
+        'finish': (('hidden', 'flow'), ('full_flow', 'confidence', 'occlusion'))}
     calibration: Tensor
 
     def __init__(self, config: DipRtConfig | None = None) -> None:

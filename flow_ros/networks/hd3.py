@@ -79,6 +79,7 @@ DEVIATION = (0.229, 0.224, 0.225)
 DLA_WIDTHS = (16, 32, 64, 128, 256, 512, 512)
 VGG_WIDTHS = (16, 32, 64, 96, 128, 196)
 DILATIONS = (1, 1, 2, 4, 8, 16, 1)
+_STEP_OUTPUTS = ('next_flow', 'probability', 'logits', 'next_up')
 
 
 @dataclass(frozen=True)
@@ -502,6 +503,11 @@ class HD3(FlowNetwork):
     free_options = frozenset({'stop_gradients', 'calibration'})
     takes_calibration = True
     engines = ('encode', 'step0', 'step1', 'step2', 'step3', 'step4')
+    tensor_names = {
+        'encode': (('image',), tuple(f'features_{level}' for level in LEVELS)),
+        'step0': (('features_a', 'features_b', 'offset'), _STEP_OUTPUTS),
+        **{f'step{index}': (('features_a', 'features_b', 'flow', 'up'), _STEP_OUTPUTS)
+           for index in range(1, len(LEVELS))}}
 
     mean: Tensor
     deviation: Tensor

@@ -269,6 +269,12 @@ class MSCSL(FlowNetwork):
     accepts_prior = False
     budget_unit = 'scales'
     free_options = frozenset({'variant'})  # 'full' is trained from 'wor'; 'wosr' has other keys
+    tensor_names = {
+        'encode': (('image',), ('second', *(f'features_{level}' for level in SCALES))),
+        'step0': (('features_a', 'features_b'), ('state',)),
+        **{f'step{index}': (('features_a', 'features_b', 'coarser'), ('state',))
+           for index in range(1, len(SCALES))},
+        'finish': (('second', *(f'state_{level}' for level in SCALES)), ('full_flow',))}
 
     def __init__(self, config: MSCSLConfig | None = None) -> None:
         super().__init__()
