@@ -16,7 +16,6 @@
 
 from collections import OrderedDict
 import logging
-import os
 from pathlib import Path
 import tempfile
 from typing import Any
@@ -31,6 +30,7 @@ from torch import nn, Tensor
 
 from flow_ros.networks.base import FlowNetwork, FlowOutput, State
 from flow_ros.runtimes.base import Lap, run_loop
+from flow_ros.runtimes.cache import cache_directory
 
 _MOST_ENGINES = 32
 """Of a stream that changes its size again and again, the oldest engines are given up."""
@@ -135,15 +135,6 @@ class _Engine:
             self._request.set_output_tensor(index, _shared(tensor))
         self._request.infer()
         return outputs
-
-
-def cache_directory() -> Path:
-    """Return $FLOW_ROS_CACHE, else $XDG_CACHE_HOME/flow_ros, else ~/.cache/flow_ros."""
-    if os.environ.get('FLOW_ROS_CACHE'):
-        return Path(os.environ['FLOW_ROS_CACHE']).expanduser()
-    if os.environ.get('XDG_CACHE_HOME'):
-        return Path(os.environ['XDG_CACHE_HOME']).expanduser() / 'flow_ros'
-    return Path.home() / '.cache' / 'flow_ros'
 
 
 def _writable(directory: Path) -> Path | None:

@@ -196,9 +196,8 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capl
     agree(runtime, 'encode', *tensors(runtime, (1, 3, 16, 24)))
 
 
-@needs_openvino
 def test_where_the_cache_is(monkeypatch, tmp_path):
-    from flow_ros.runtimes.openvino import cache_directory
+    from flow_ros.runtimes.cache import cache_directory
     monkeypatch.setenv('FLOW_ROS_CACHE', str(tmp_path / 'a'))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'b'))
     assert cache_directory() == tmp_path / 'a'
