@@ -1,0 +1,670 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""TensorRT 10.3 and later, and TensorRT-RTX: building plans and running them.
+
+One adapter for both: their Python interfaces have what is used here in common, and flags that
+only some versions know are read with ``getattr``. TensorRT is imported when it is first needed,
+so this module can be imported without it. All precision is in the ONNX graph (TensorRT 11 knows
+no other way): networks are always strongly typed.
+
+A plan can be built by TensorRT-RTX on a machine without a GPU; running one needs the GPU.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+import functools
+from importlib.util import find_spec
+import logging
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+from flow_ros.runtimes.base import check_precision, RuntimeUnavailable
+
+PACKAGES: tuple[str, ...] = ('tensorrt', 'tensorrt_rtx')
+"""In the order in which they are looked for."""
+
+VARIABLE = 'FLOW_ROS_TENSORRT'
+
+Shape = tuple[int, ...]
+
+_NAMES = {'tensorrt': 'TensorRT', 'tensorrt_rtx': 'TensorRT-RTX'}
+_MOST_LINES = 12
+"""Of TensorRT's own words in one error: the first ones name the cause."""
+
+_log = logging.getLogger(__name__)
+
+
+class BuildError(RuntimeError):
+    """TensorRT cannot build a plan of this graph; the text says which node and why."""
+
+
+class BuildCancelled(RuntimeError):  # noqa: N818 -- what happened, as it reads
+    """The build was stopped because ``progress`` asked for it; nothing was made."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """The TensorRT of this process: ``package`` as it is imported, and its version."""
+
+    package: str
+    version: str
+
+    @property
+    def text(self) -> str:
+        """Name and version for messages, such as 'TensorRT 10.3.0'."""
+        return f'{_NAMES.get(self.package, self.package)} {self.version}'
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """How far the build of one plan is.
+
+    ``fraction`` (0 to 1) never falls. It counts TensorRT's own steps, which take very different
+    times, so ``left_s`` is a guess; it is None while there is nothing to guess from.
+    """
+
+    act: str
+    phase: str
+    fraction: float
+    elapsed_s: float
+    left_s: float | None
+
+
+Progress = Callable[[BuildProgress], bool]
+"""Told after each step of the builder; returns False to cancel the build."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What shapes a plan, beside its graph.
+
+    ``precision``: 'f32' switches TF32 off, 'fast' leaves it on; halves are in the graph, or not.
+    ``workspace_mib``: the most GPU memory that a layer may use while it runs, None for
+    TensorRT's default, all there is. ``optimisation_level``: 0 (quick build) to 5 (slow build,
+    fastest plan), None for TensorRT's default (3).
+    """
+
+    precision: str = 'f32'
+    workspace_mib: int | None = None
+    optimisation_level: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what TensorRT would refuse later, or misread."""
+        check_precision(self.precision)
+        if self.workspace_mib is not None and (isinstance(self.workspace_mib, bool)
+                                               or self.workspace_mib < 1):
+            raise ValueError(f"workspace_mib must be at least 1 MiB, or None for TensorRT's "
+                             f'default; seen {self.workspace_mib}')
+        level = self.optimisation_level
+        if level is not None and (isinstance(level, bool) or level not in range(6)):
+            raise ValueError(f"optimisation_level must be 0 to 5, or None for TensorRT's "
+                             f'default; seen {level}')
+
+    def flags(self) -> dict[str, str | int | bool | None]:
+        """Return all that changes the plan, for the key under which it is kept."""
+        return {'strongly_typed': True, 'tf32': self.precision != 'f32', 'device_type': 'GPU',
+                'workspace_mib': self.workspace_mib,
+                'optimisation_level': self.optimisation_level}
+
+
+@dataclass(frozen=True)
+class BuiltPlan:
+    """A plan, the timing cache after its build (None where the package has none), and facts.
+
+    ``seconds`` the build took; ``layers`` of the network as it was parsed.
+    """
+
+    plan: bytes
+    timing_cache: bytes | None
+    seconds: float
+    layers: int
+
+
+def find_tensorrt() -> Installation | None:
+    """Return the TensorRT to use, or None; ``missing_tensorrt`` says why there is none.
+
+    TensorRT comes before TensorRT-RTX. The environment variable FLOW_ROS_TENSORRT chooses:
+    'tensorrt', 'tensorrt_rtx', or 'none' to do without. It is imported here, because a package
+    may be found whose libraries are not there. Raises ValueError for other values of it.
+    """
+    library, _ = _search()
+    return None if library is None else library.installation
+
+
+def missing_tensorrt() -> str:
+    """Return why ``find_tensorrt`` finds none and what to do, '' where it finds one."""
+    library, why = _search()
+    return '' if library is not None else why
+
+
+def refuses_gpu(capability: tuple[int, int]) -> str:
+    """Return why the TensorRT found does not run on a GPU of this compute capability, or ''.
+
+    TensorRT-RTX lists what it can be built for. TensorRT has no list: '' is then no promise.
+    """
+    library, why = _search()
+    if library is None:
+        return why
+    known = getattr(library.api, 'ComputeCapability', None)
+    if known is None or library.installation.package != 'tensorrt_rtx':
+        return ''
+    numbers = sorted(int(name[2:]) for name in known.__members__ if name[2:].isdigit())
+    number = 10 * capability[0] + capability[1]
+    if not numbers or number in numbers or number > numbers[-1]:
+        return ''
+    return (f'{library.installation.text} does not run on GPUs of compute capability '
+            f'{capability[0]}.{capability[1]}, only on '
+            f'{", ".join(f"{known // 10}.{known % 10}" for known in numbers)}')
+
+
+def build_plan(model: bytes, *, name: str, options: BuildOptions,
+               profile: Mapping[str, tuple[Shape, Shape, Shape]] | None = None,
+               progress: Progress | None = None,
+               timing_cache: bytes | None = None) -> BuiltPlan:
+    """Build the plan of an ONNX graph; seconds here, minutes on a Jetson.
+
+    ``name`` of the act is used in messages. ``profile`` gives the smallest, the usual and the
+    largest shape of each input with free dimensions. ``progress`` may cancel; see there.
+    ``timing_cache`` of an earlier build makes this one quicker; one that does not fit is left
+    out. The plan is for the current CUDA device, all of it: nothing goes to a DLA.
+
+    Raises BuildError, BuildCancelled, RuntimeUnavailable without TensorRT, and whatever
+    ``progress`` or Ctrl-C raises, once TensorRT has come to a stop.
+    """
+    library, why = _search()
+    if library is None:
+        raise RuntimeUnavailable(why)
+    start = time.monotonic()
+    meter = Meter(name, progress)
+    with library.one_build, library.messages.collected(whole_build=True) as messages, \
+            _interrupts_kept(meter):
+        monitor = library.monitor(meter)  # outlives all that reports to it
+        build = _Build(library, messages, name, options)
+        network, plan, cache = build.run(model, profile or {}, monitor, timing_cache)
+    meter.check()
+    meter.finished()
+    return BuiltPlan(plan=plan, timing_cache=cache, layers=network,
+                     seconds=time.monotonic() - start)
+
+
+class Meter:
+    """From TensorRT's nested phases to one fraction, and the way to stop them.
+
+    A phase fills the step of its parent that is under way. TensorRT may call from several
+    threads, ``progress`` is called by one at a time. What it raises stops the build and is
+    kept for ``check``, because TensorRT's C++ would swallow it.
+    """
+
+    def __init__(self, act: str, progress: Progress | None = None) -> None:
+        self.error: BaseException | None = None
+        self._act = act
+        self._progress = progress
+        self._cancelled = False
+        self._fraction = 0.0
+        self._start = time.monotonic()
+        self._phases: dict[str, _Phase] = {}
+        self._lock = threading.RLock()
+
+    def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+        """Note that ``phase`` begins, of so many steps, within ``parent`` if that is not None."""
+        with self._lock:
+            around = self._phases.get(parent) if parent else None
+            if around is not None:
+                begin, width = around.step_begin, around.step_width
+            else:  # the first phase is the whole build; a stray one fills what is left
+                begin, width = self._fraction, 1 - self._fraction
+                if parent:
+                    width = 0.0
+            self._phases[phase] = _Phase(begin, width, max(steps, 1))
+
+    def step_complete(self, phase: str, step: int) -> bool:
+        """Return whether to go on."""
+        with self._lock:
+            seen = self._phases.get(phase)
+            if seen is not None:
+                seen.done = max(seen.done, min(step + 1, seen.steps))
+                self._fraction = max(self._fraction, min(seen.step_begin, 1.0))
+            return self.tell(phase)
+
+    def phase_finish(self, phase: str) -> None:
+        """Note that ``phase`` is over, perhaps before its last step."""
+        with self._lock:
+            seen = self._phases.pop(phase, None)
+            if seen is not None and not self._stopped:
+                self._fraction = max(self._fraction, min(seen.begin + seen.width, 1.0))
+
+    def tell(self, phase: str) -> bool:
+        """Report, and return whether to go on."""
+        with self._lock:
+            if not self._stopped and self._progress is not None:
+                elapsed = time.monotonic() - self._start
+                left = (elapsed * (1 - self._fraction) / self._fraction
+                        if self._fraction > 0 else None)
+                try:
+                    self._cancelled = not self._progress(BuildProgress(
+                        act=self._act, phase=phase, fraction=self._fraction, elapsed_s=elapsed,
+                        left_s=left))
+                except BaseException as error:  # noqa: B036 -- raised again by ``check``
+                    self.error = error
+            return not self._stopped
+
+    def finished(self) -> None:
+        """Report the end, after all has gone well."""
+        with self._lock:
+            self._fraction = 1.0
+        self.tell('done')
+        self.check()
+
+    def check(self) -> None:
+        """Raise what stopped the build, if anything did."""
+        if self.error is not None:
+            raise self.error
+        if self._cancelled:
+            raise BuildCancelled(f'the build of {self._act} was cancelled after '
+                                 f'{time.monotonic() - self._start:.1f} s, at '
+                                 f'{100 * self._fraction:.0f} %')
+
+    @property
+    def _stopped(self) -> bool:
+        return self._cancelled or self.error is not None
+
+
+@dataclass
+class _Phase:
+    """The part of the whole, ``begin`` to ``begin + width``, that one phase fills."""
+
+    begin: float
+    width: float
+    steps: int
+    done: int = 0
+
+    @property
+    def step_width(self) -> float:
+        return self.width / self.steps if self.done < self.steps else 0.0
+
+    @property
+    def step_begin(self) -> float:
+        return self.begin + self.width * self.done / self.steps
+
+
+@contextmanager
+def _interrupts_kept(meter: Meter) -> Iterator[None]:
+    """Turn Ctrl-C into a cancelled build, and raise it once TensorRT has come to a stop.
+
+    Python runs the handler as soon as TensorRT calls back. What it raises would then end in
+    TensorRT's C++ frame, which prints and forgets it.
+    """
+    previous = (signal.getsignal(signal.SIGINT)
+                if threading.current_thread() is threading.main_thread() else None)
+    if not callable(previous):  # not ours to handle
+        yield
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        try:
+            previous(number, frame)
+        except BaseException as error:  # noqa: B036 -- raised again by ``Meter.check``
+            meter.error = error
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    except Exception:
+        meter.check()  # the interrupt is the cause, not what became of the build
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+class Messages:
+    """What TensorRT's one logger of this process is told, kept for whoever asks.
+
+    A build takes what its own thread says, and what threads say that nobody listens to: the
+    builder has threads of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lists: dict[int, list[str]] = {}
+        self._build: list[str] | None = None
+
+    @contextmanager
+    def collected(self, whole_build: bool = False) -> Iterator[list[str]]:
+        """Yield the list that grows by each warning and error until the end."""
+        lines: list[str] = []
+        thread = threading.get_ident()
+        with self._lock:
+            before = self._lists.get(thread)
+            self._lists[thread] = lines
+            if whole_build:
+                self._build = lines
+        try:
+            yield lines
+        finally:
+            with self._lock:
+                if before is None:
+                    del self._lists[thread]
+                else:
+                    self._lists[thread] = before
+                if whole_build:
+                    self._build = None
+
+    def add(self, level: int, text: str) -> None:
+        """Take a message of logging's ``level``."""
+        if level >= logging.WARNING:
+            with self._lock:
+                lines = self._lists.get(threading.get_ident(), self._build)
+                if lines is not None:
+                    lines.append(text)
+            if lines is None:
+                _log.log(level, 'TensorRT: %s', text)
+        _log.debug('TensorRT: %s', text)
+
+
+@dataclass(frozen=True)
+class _Library:
+    """The imported package and what this process has once of it."""
+
+    api: Any
+    installation: Installation
+    logger: Any
+    messages: Messages
+    monitor: Callable[[Meter], Any]
+    one_build: threading.Lock = field(default_factory=threading.Lock)
+
+
+def make_library(api: Any, package: str) -> _Library:
+    """Return the adapter of ``api``, the module of the package."""
+    messages = Messages()
+    severity = api.ILogger.Severity
+    levels = {severity.INTERNAL_ERROR: logging.ERROR, severity.ERROR: logging.ERROR,
+              severity.WARNING: logging.WARNING, severity.INFO: logging.DEBUG}
+
+    class Logger(api.ILogger):
+        def __init__(self) -> None:
+            api.ILogger.__init__(self)  # not super(): pybind wants its own
+
+        def log(self, severity: Any, msg: str) -> None:
+            level = levels.get(severity)
+            if level is not None:  # VERBOSE: thousands of lines
+                messages.add(level, msg)
+
+    class Monitor(api.IProgressMonitor):
+        def __init__(self, meter: Meter) -> None:
+            api.IProgressMonitor.__init__(self)
+            self.meter = meter
+
+        def phase_start(self, phase_name: str, parent_phase: str | None,
+                        num_steps: int) -> None:
+            self.meter.phase_start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return self.meter.step_complete(phase_name, step)
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.meter.phase_finish(phase_name)
+
+    return _Library(api=api, logger=Logger(), messages=messages, monitor=Monitor,
+                    installation=Installation(package, str(api.__version__)))
+
+
+@functools.cache  # TensorRT takes one logger per process, so there is one of all this
+def _load(package: str) -> _Library:
+    """Import ``package``; raises ImportError or OSError where its libraries are missing."""
+    if package == 'tensorrt':
+        import tensorrt as api
+    else:
+        import tensorrt_rtx as api
+    return make_library(api, package)
+
+
+def _search() -> tuple[_Library | None, str]:
+    """Return the library to use, or None and why."""
+    choice = os.environ.get(VARIABLE, '')
+    if choice == 'none':
+        return None, f'TensorRT is switched off ({VARIABLE}=none)'
+    if choice and choice not in PACKAGES:
+        raise ValueError(f'{VARIABLE} must be one of {", ".join(PACKAGES)}, none, or unset; '
+                         f'seen {choice!r}')
+    reasons = []
+    for package in (choice,) if choice else PACKAGES:
+        if find_spec(package) is None:
+            continue
+        try:
+            return _load(package), ''
+        except (ImportError, OSError, AttributeError) as error:
+            # A package without its libraries, or without what 10.3 has.
+            reasons.append(f'{_NAMES[package]} is installed but cannot be used ({error})')
+    if reasons:
+        return None, '; '.join(reasons)
+    wanted = _NAMES[choice] if choice else 'TensorRT'
+    return None, (f'{wanted} is not installed: on a Jetson it comes with JetPack (make the '
+                  f'virtual environment with --system-site-packages); on a desktop GPU: '
+                  f'pip install tensorrt, or tensorrt-rtx')
+
+
+@dataclass(frozen=True)
+class _GridSample:
+    """How one GridSample of the ONNX graph samples."""
+
+    align_corners: bool
+    padding: str
+
+
+class _Build:
+    """One build: parse, check what was read, build."""
+
+    def __init__(self, library: _Library, messages: list[str], name: str,
+                 options: BuildOptions) -> None:
+        self._api = library.api
+        self._library = library
+        self._messages = messages
+        self._name = name
+        self._options = options
+
+    def run(self, model: bytes, profile: Mapping[str, tuple[Shape, Shape, Shape]], monitor: Any,
+            timing_cache: bytes | None) -> tuple[int, bytes, bytes | None]:
+        """Return the number of layers, the plan and the timing cache."""
+        api = self._api
+        meter = monitor.meter
+        builder = api.Builder(self._library.logger)
+        if builder is None:
+            raise self._error('cannot start its builder')
+        typed = getattr(api.NetworkDefinitionCreationFlag, 'STRONGLY_TYPED', None)
+        network = builder.create_network(0 if typed is None else 1 << int(typed))
+        self._goes_on(meter, 'Reading the graph')
+        self._parse(network, model)
+        check_grid_samples(api, network, read_grid_samples(model), name=self._name,
+                           version=self._library.installation.text)
+        config = builder.create_builder_config()
+        self._configure(config)
+        self._set_profile(builder, network, config, profile)
+        cache = self._timing_cache(config, timing_cache)
+        config.progress_monitor = monitor
+        self._goes_on(meter, 'Building')
+        plan = builder.build_serialized_network(network, config)
+        meter.check()
+        if plan is None:
+            raise self._error('cannot build this graph')
+        return network.num_layers, bytes(plan), cache and bytes(cache.serialize())
+
+    def _goes_on(self, meter: Meter, phase: str) -> None:
+        meter.tell(phase)
+        meter.check()
+
+    def _parse(self, network: Any, model: bytes) -> None:
+        api = self._api
+        parser = api.OnnxParser(network, self._library.logger)
+        native = getattr(api.OnnxParserFlag, 'NATIVE_INSTANCENORM', None)
+        if native is not None:  # the default since 10.0
+            parser.set_flag(native)
+        parsed = parser.parse(model)
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        if not parsed or errors:
+            nodes = '\n'.join(f'  {_node_error(error)}' for error in errors)
+            # The parser's errors are in the messages again, in many more lines.
+            raise BuildError(f'{self._head()} cannot read this graph:\n{nodes or "  no reason"}\n'
+                             f'{_WHAT_TO_DO}')
+        if not network.num_outputs:
+            raise BuildError(f'{self._head()} finds no outputs in this graph ({len(model)} '
+                             f'bytes): export it again')
+
+    def _configure(self, config: Any) -> None:
+        api, options = self._api, self._options
+        flags = api.BuilderFlag
+        for flag in ('TF32',) if options.precision == 'f32' else ():
+            if hasattr(flags, flag):
+                config.clear_flag(getattr(flags, flag))
+        if hasattr(flags, 'GPU_FALLBACK'):
+            config.clear_flag(flags.GPU_FALLBACK)
+        if hasattr(config, 'default_device_type') and hasattr(api, 'DeviceType'):
+            config.default_device_type = api.DeviceType.GPU
+        if hasattr(flags, 'REQUIRE_USER_ALLOCATION'):
+            # TensorRT-RTX: else an engine may allocate while it runs, which cannot be captured
+            # in a CUDA graph. The runtime brings the memory anyway.
+            config.set_flag(flags.REQUIRE_USER_ALLOCATION)
+        if options.workspace_mib is not None:
+            config.set_memory_pool_limit(api.MemoryPoolType.WORKSPACE,
+                                         options.workspace_mib << 20)
+        if options.optimisation_level is not None:
+            config.builder_optimization_level = options.optimisation_level
+
+    def _set_profile(self, builder: Any, network: Any, config: Any,
+                     shapes: Mapping[str, tuple[Shape, Shape, Shape]]) -> None:
+        inputs = [network.get_input(index) for index in range(network.num_inputs)]
+        free = {tensor.name: tuple(tensor.shape) for tensor in inputs
+                if any(size < 0 for size in tensor.shape)}
+        unknown = sorted(set(shapes) - {tensor.name for tensor in inputs})
+        missing = sorted(set(free) - set(shapes))
+        if unknown or missing:
+            raise BuildError(f'{self._head()}: the profile must give shapes for the inputs '
+                             f'{sorted(free)}; it lacks {missing} and has {unknown}, which the '
+                             f'graph does not')
+        if not free:
+            return
+        profile = builder.create_optimization_profile()
+        for name in free:
+            smallest, usual, largest = shapes[name]
+            try:
+                profile.set_shape(name, smallest, usual, largest)
+            except (ValueError, RuntimeError) as error:
+                raise self._error(f'refuses the shapes {smallest}, {usual}, {largest} of input '
+                                  f'{name} {free[name]} ({error})') from error
+        if config.add_optimization_profile(profile) < 0:
+            raise self._error(f'refuses the profile {dict(shapes)}')
+
+    def _timing_cache(self, config: Any, before: bytes | None) -> Any:
+        """Attach a timing cache and return it; None where the package has none."""
+        if self._library.installation.package == 'tensorrt_rtx' \
+                or not hasattr(config, 'create_timing_cache'):
+            return None  # TensorRT-RTX times nothing at the build
+        for content in ([before] if before else []) + [b'']:
+            cache = config.create_timing_cache(content)
+            if cache is not None and config.set_timing_cache(cache, False):
+                return cache
+            if content:
+                _log.info('the timing cache is of another GPU or version: a new one is begun')
+        return None
+
+    def _head(self) -> str:
+        return f'{self._name}: {self._library.installation.text}'
+
+    def _error(self, what: str) -> BuildError:
+        return BuildError(f'{self._head()} {what}:{quoted(self._messages)}\n{_WHAT_TO_DO}')
+
+
+_WHAT_TO_DO = ("Export the network with this version of flow_ros, try another version of "
+               "TensorRT, or use runtime 'torch'.")
+
+
+def quoted(messages: Sequence[str]) -> str:
+    """Return TensorRT's own words as lines to put under an error."""
+    lines = list(dict.fromkeys(messages))
+    if not lines:
+        return ' it gave no reason'
+    more = len(lines) - _MOST_LINES
+    return ''.join(f'\n  {line}' for line in lines[:_MOST_LINES]) + (
+        f'\n  ... and {more} more lines' if more > 0 else '')
+
+
+def _node_error(error: Any) -> str:
+    """Return one error of the parser as 'node 3 name (Operator): what'."""
+    code = getattr(error.code(), 'name', str(error.code()))
+    text = error.desc()
+    operator = getattr(error, 'node_operator', str)()
+    if code == 'UNSUPPORTED_NODE' and text in {'false', ''}:
+        text = f'this version does not know {operator or "this operator"} in this use'
+    elif 'Plugin not found' in text:
+        text = f'neither an operator nor a plugin is called {operator or "that"}'
+    if error.node() < 0:
+        return f'{text} [{code}]'
+    name = getattr(error, 'node_name', str)()
+    return f'node {error.node()} {name} ({operator}): {text} [{code} in {error.func()}]'
+
+
+def read_grid_samples(model: bytes) -> dict[str, _GridSample] | None:
+    """Return how each GridSample of the ONNX graph samples; None without the package onnx."""
+    try:
+        import onnx
+    except ImportError:
+        return None
+    samples = {}
+    for node in onnx.ModelProto.FromString(model).graph.node:
+        if node.op_type == 'GridSample':
+            values = {attribute.name: attribute for attribute in node.attribute}
+            samples[node.name] = _GridSample(
+                align_corners=bool(values['align_corners'].i if 'align_corners' in values else 0),
+                padding=(values['padding_mode'].s.decode() if 'padding_mode' in values
+                         else 'zeros'))
+    return samples
+
+
+def check_grid_samples(api: Any, network: Any, asked: Mapping[str, _GridSample] | None, *,
+                       name: str, version: str) -> None:
+    """Raise BuildError unless each GridSample layer samples linearly, and as ``asked``.
+
+    Several versions read GridSample of opset 20 and later as nearest, and say nothing
+    (NVIDIA/TensorRT#4646): the flow would be quietly wrong.
+    """
+    modes = {'zeros': 'FILL', 'border': 'CLAMP', 'reflection': 'REFLECT'}
+    kinds = {(sample.align_corners, modes.get(sample.padding, sample.padding))
+             for sample in (asked or {}).values()}
+    count = 0
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type != api.LayerType.GRID_SAMPLE:
+            continue
+        count += 1
+        layer.__class__ = api.IGridSampleLayer  # the bindings give its base class
+        mode = layer.interpolation_mode
+        if mode != api.InterpolationMode.LINEAR:
+            raise BuildError(f'{name}: {version} reads the GridSample {layer.name!r} as {mode}, '
+                             f'expected LINEAR: the flow would be wrong. Export at opset 18')
+        sample = (asked or {}).get(layer.name)
+        wanted = kinds if sample is None else {
+            (sample.align_corners, modes.get(sample.padding, sample.padding))}
+        seen = (bool(layer.align_corners), layer.sample_mode.name)
+        if asked is not None and seen not in wanted:
+            raise BuildError(f'{name}: {version} reads the GridSample {layer.name!r} with '
+                             f'(align_corners, padding) {seen}, expected '
+                             f'{" or ".join(map(str, sorted(wanted)))}: the flow would be wrong')
+    if asked is not None and count < len(asked):
+        raise BuildError(f'{name}: {version} made {count} layers of {len(asked)} GridSample '
+                         f'nodes: the flow would be wrong')
