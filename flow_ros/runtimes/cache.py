@@ -50,6 +50,8 @@ except ImportError:  # Windows: everything works there, but two processes may bu
 FORMAT = 1
 """Of metadata.json; another one is rebuilt."""
 _POLL_S = 0.2
+_SAY_AFTER_S = 1.0
+"""A lock that is held this long is held for a build, not for a look."""
 _SAY_EVERY_S = 5.0
 
 Say = Callable[[str, str], None]
@@ -137,11 +139,11 @@ class EngineCache:
         """Return where the plan of ``key`` is or would be."""
         return self.directory / 'engines' / key.digest
 
-    def get(self, key: PlanKey, *, title: str = 'engine') -> bytes | None:
+    def get(self, key: PlanKey, *, title: str = 'engine', quiet: bool = False) -> bytes | None:
         """Return the plan of ``key``, or None where there is none that can be trusted.
 
         A line says why where there is one that cannot, or where one with the same ``title``
-        (see ``put``) was made for another TensorRT, GPU or network.
+        (see ``put``) was made for another TensorRT, GPU or network; not if ``quiet``.
         """
         if key.digest in self._plans:
             return self._plans[key.digest]
@@ -149,11 +151,12 @@ class EngineCache:
         try:
             plan, why = _read_plan(folder, key)
         except FileNotFoundError:
-            self._explain_miss(key, title)
+            if not quiet:
+                self._explain_miss(key, title)
             return None
         except OSError as error:
             plan, why = None, f'it cannot be read ({_reason(error)})'
-        if plan is None:
+        if plan is None and not quiet:
             self._say('warning', f'{title}: the engine in {folder} is built anew: {why}')
         return plan
 
@@ -185,6 +188,11 @@ class EngineCache:
             return False
         self._plans.pop(key.digest, None)
         return True
+
+    def drop(self, key: PlanKey) -> None:
+        """Forget the plan of ``key``: whoever it was for did not take it."""
+        self._plans.pop(key.digest, None)
+        _remove(self.folder(key))
 
     def get_record(self, kind: str, name: str) -> bytes | None:
         """Return what ``put_record`` was given, or None; a damaged one is as good as none."""
@@ -270,7 +278,7 @@ class EngineCache:
             if handle is not None or fcntl is None:
                 return handle
             seconds = time.monotonic() - start
-            if seconds >= said * _SAY_EVERY_S:
+            if seconds >= _SAY_AFTER_S + said * _SAY_EVERY_S:
                 said += 1
                 self._say('info', f'{title}: waiting for {_holder(path)}, which is building it '
                                   f'({seconds:.0f} s so far)')

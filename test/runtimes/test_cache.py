@@ -146,6 +146,16 @@ def test_what_cannot_be_trusted_is_rebuilt_and_says_why(cache, said, harm, why) 
     assert len(said) == 1
 
 
+def test_a_plan_that_was_not_taken_is_dropped(cache, said) -> None:
+    folder = kept(cache)
+    cache.drop(KEY)
+    assert not folder.exists() and cache.get(KEY, quiet=True) is None
+    folder = kept(cache)
+    truncate_plan(folder)
+    assert cache.get(KEY, quiet=True) is None
+    assert said == []
+
+
 def test_a_new_version_says_what_the_old_plan_was_for(cache, said) -> None:
     kept(cache)
     assert cache.get(replace(KEY, tensorrt='tensorrt 11.4.1'), title=TITLE) is None
@@ -258,6 +268,7 @@ def test_one_waits_for_the_other_and_says_for_whom(cache, said, monkeypatch) -> 
         assert process.stdout is not None
         assert process.stdout.readline().strip() == 'True'
         asked = []
+        monkeypatch.setattr('flow_ros.runtimes.cache._SAY_AFTER_S', 0.0)
         monkeypatch.setattr('flow_ros.runtimes.cache._SAY_EVERY_S', 0.3)
 
         def waiting(seconds: float) -> bool:
