@@ -34,9 +34,7 @@ from torch import Tensor
 
 from flow_ros.networks.base import FlowNetwork, FlowOutput, State
 from flow_ros.runtimes.base import Lap, Runtime
-
-Say = Callable[[str, str], None]
-"""Takes a level ('info' or 'warning') and a text of one line; called from several threads."""
+from flow_ros.runtimes.cache import log_it, Say
 
 Size = tuple[int, int]
 """(height, width) of a frame, px."""
@@ -94,7 +92,8 @@ class Handover:
     now, so its errors are the caller's; the others only if they are needed, when the device of
     the first may have died: let each have a network of its own that lives where it can still
     be read. ``make`` makes the better runtime, called ``goal`` in words, for one frame size.
-    ``say`` is told what happens, progress at most every ``period_s``; ``now`` is the clock (s).
+    ``say`` is told what happens, from several threads, progress at most every ``period_s``;
+    ``now`` is the clock (s).
 
     Callers ask ``at(height, width)`` for a runtime before each frame and stay with it for the
     whole frame, since features of one runtime mean nothing to another; ``advance``, ``call``
@@ -106,7 +105,7 @@ class Handover:
                  period_s: float = 5.0, now: Callable[[], float] = time.monotonic) -> None:
         if not serving:
             raise ValueError('serving must name at least one runtime that needs no build')
-        self.say: Say = say or _to_log
+        self.say: Say = say or log_it
         self._make = make
         self._goal = goal
         self._most_sizes = most_sizes
@@ -145,8 +144,8 @@ class Handover:
 
     @property
     def reason(self) -> str:
-        """Why this runtime serves, and what is being made: the same as ``status``."""
-        return self.status
+        """Why the runtime that serves was chosen; ``status`` knows what is being made."""
+        return self._active.reason
 
     @property
     def status(self) -> str:
@@ -372,6 +371,3 @@ def _text(error: Exception) -> str:
         return text
     return f'{type(error).__name__}: {text}' if text else type(error).__name__
 
-
-def _to_log(level: str, text: str) -> None:
-    _log.log(logging.WARNING if level == 'warning' else logging.INFO, '%s', text)

@@ -33,6 +33,7 @@ from flow_ros.streaming.budget import Budget
 from flow_ros.streaming.occlusion import check_consistency
 from flow_ros.streaming.result import FlowResult
 from flow_ros.streaming.scene_cut import explains, small_grey
+from flow_ros.streaming.serving import checked, run_acts, Serving
 from flow_ros.streaming.stopwatch import Stopwatch
 from flow_ros.streaming.warm_start import carry, FlowSamples, sample_flow
 
@@ -50,6 +51,8 @@ class _Frame:
     stamp: float
     features: Features
     small: Tensor  # grey, for scene_cut
+    runtime: Runtime  # whose features these are
+    pixels: NDArray[np.uint8] | None  # kept where another runtime may have to encode them
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,10 @@ class _Past:
 
     samples: FlowSamples
     dt_s: float
+
+    def to(self, device: torch.device) -> '_Past':
+        """Return the same on another device."""
+        return replace(self, samples=self.samples.to(device))
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ class FlowEstimator:
             runtime = create_runtime(runtime, network, device=device, threads=threads,
                                      precision=precision)
         self.runtime = runtime
+        self._serving = Serving(runtime)
         self.none_reason = ''
         self._lock = threading.Lock()
         self._restart('first')
@@ -174,24 +182,17 @@ class FlowEstimator:
     def prepare(self, height: int, width: int) -> None:
         """Run each engine once at this size, so that no frame waits for a compilation.
 
-        Each different step of the network's own schedules is done once, and the output taken
-        after each, where a smaller budget would end. The stream is not touched. Takes seconds
-        where engines are compiled.
+        The stream is not touched. Takes seconds where engines are compiled; but a runtime that
+        is built in the background is only begun, and the one that serves meanwhile prepared.
         """
-        image = torch.zeros(1, 3, height, width, device=self.runtime.device)
-        priors: list[Tensor | None] = [None]
-        if self.network.accepts_prior:
-            # Between a cold start and one with a moderate prior, networks visit all levels.
-            priors.append(torch.full((1, 2, height, width), 40.0, device=self.runtime.device))
-        call = self.runtime.call
         with self._lock, torch.inference_mode():
-            features = self.network.encode(image, call=call)
-            for prior in priors:
-                state = self.network.start(features, features, prior_flow=prior, call=call)
-                state = replace(state, schedule=tuple(dict.fromkeys(state.schedule)))
-                while state.schedule:
-                    state = self.network.step(state, call=call)
-                    self.network.finish(state, call=call)
+            while True:
+                runtime = self._serving.at(height, width)
+                try:
+                    return run_acts(runtime, height, width)
+                except Exception as error:
+                    if not self._serving.replace(runtime, error):
+                        raise
 
     def __call__(self, frame: NDArray[np.uint8], stamp: float) -> FlowResult | None:
         """Return the flow between the last frame and this one, or None; see the class."""
@@ -213,10 +214,20 @@ class FlowEstimator:
             return None
         if self.none_reason:
             self._restart(self.none_reason)
-        watch = Stopwatch(self.runtime.device)
-        image = self._upload(frame)
-        new = _Frame(stamp=stamp, small=small_grey(image),
-                     features=self.network.encode(image, call=self.runtime.call))
+        while True:
+            runtime = self._serving.at(*frame.shape[:2])
+            try:
+                return self._done_by(runtime, frame, stamp)
+            except Exception as error:  # the next best runtime does the same frame again
+                if not self._serving.replace(runtime, error):
+                    raise
+
+    def _done_by(self, runtime: Runtime, frame: NDArray[np.uint8],
+                 stamp: float) -> FlowResult | None:
+        watch = Stopwatch(runtime.device)
+        if self._previous is not None and self._previous.runtime is not runtime:
+            self._hand_over(self._previous, runtime)
+        new = self._encoded(frame, stamp, runtime)
         watch.lap('encode')
         if self._previous is None:
             self._previous = new
@@ -225,6 +236,29 @@ class FlowEstimator:
         result, past = self._pair(self._previous, new, watch)
         self._previous, self._past = new, past
         return result
+
+    def _encoded(self, pixels: NDArray[np.uint8], stamp: float, runtime: Runtime) -> _Frame:
+        image = _upload(pixels, runtime.device)
+        kept = self._serving.may_change(*pixels.shape[:2])
+        return _Frame(stamp=stamp, small=small_grey(image), runtime=runtime,
+                      features=runtime.network.encode(image, call=runtime.call),
+                      pixels=pixels.copy() if kept else None)
+
+    def _hand_over(self, previous: _Frame, runtime: Runtime) -> None:
+        """Make the last frame and flow those of ``runtime``, so that no flow is lost.
+
+        Features of one runtime mean nothing to another: the frame is encoded again.
+        """
+        if previous.pixels is None:  # nobody expected a change
+            self.none_reason = 'runtime changed'
+            self._restart('runtime changed')
+            return
+        try:
+            self._past = {way: past and past.to(runtime.device)
+                          for way, past in self._past.items()}
+        except RuntimeError:  # of a device that died nothing can be read
+            self._past, self._cold_reason = {}, 'runtime changed'
+        self._previous = self._encoded(previous.pixels, previous.stamp, runtime)
 
     def _why_none(self, size: tuple[int, ...], stamp: float) -> str:
         """Return why this frame makes no pair with the last one, '' where it does."""
@@ -240,16 +274,10 @@ class FlowEstimator:
             return 'stamp went back'
         return 'gap' if stamp - previous.stamp > self._max_gap_s else ''
 
-    def _upload(self, frame: NDArray[np.uint8]) -> Tensor:
-        """Return the frame as (1, 3, H, W) float on the device; it travels as bytes."""
-        if not frame.flags.writeable or any(stride < 0 for stride in frame.strides):
-            frame = frame.copy()  # torch takes neither
-        image = torch.from_numpy(frame).to(self.runtime.device).permute(2, 0, 1)[None]
-        return image.to(torch.float32, memory_format=torch.contiguous_format)
-
     def _pair(self, old: _Frame, new: _Frame,
               watch: Stopwatch) -> tuple[FlowResult, dict[str, _Past | None]]:
         """Return the result of a pair, and what the next pair starts from."""
+        network = new.runtime.network
         budget, outputs, direction = self._budget, self._outputs, self._direction
         warm_start = self.warm_start
         asked = ('forward', 'backward') if direction == 'both' else (direction,)
@@ -260,13 +288,13 @@ class FlowEstimator:
         if len(asked) == 1 and _lacks(estimates[direction].output, outputs):
             way = _REVERSE[direction]
             estimates[way] = self._estimate(way, old, new, budget, warm_start,
-                                            Stopwatch(self.runtime.device))
+                                            Stopwatch(new.runtime.device))
             watch.lap('check')
         completed = _complete(estimates, outputs)
         past: dict[str, _Past | None] = {}
         for way, estimate in completed.items():
             flow, (a, b) = estimate.output.flow, _ends(way, old, new)
-            if not self.network.accepts_prior:
+            if not network.accepts_prior:
                 continue  # nothing of it would be used
             past[way] = None
             if explains(flow, a.small, b.small):
@@ -283,7 +311,7 @@ class FlowEstimator:
 
     def _estimate(self, direction: str, old: _Frame, new: _Frame, budget: Budget,
                   warm_start: bool, watch: Stopwatch, other: _Estimate | None = None) -> _Estimate:
-        network = self.network
+        runtime, network = new.runtime, new.runtime.network
         state, cold_reason = None, 'warm start off'
         if other is not None:
             state, cold_reason = network.reversed(other.state), other.cold_reason
@@ -296,9 +324,9 @@ class FlowEstimator:
                 prior, cold_reason = self._prior(direction, a, b)
                 watch.lap('warm_start')
             state = network.start(a.features, b.features, prior_flow=prior,
-                                  iterations=budget.iterations, call=self.runtime.call)
-        state, output = self.runtime.loop(state, watch.lap)
-        return _Estimate(output, state, '' if state.warm else cold_reason)
+                                  iterations=budget.iterations, call=runtime.call)
+        state, output = runtime.loop(state, watch.lap)
+        return _Estimate(checked(output, runtime), state, '' if state.warm else cold_reason)
 
     def _prior(self, direction: str, a: _Frame, b: _Frame) -> tuple[Tensor | None, str]:
         """Return the prior flow from a to b, or None and why there is none."""
@@ -346,6 +374,14 @@ def check_frame(frame: NDArray[np.uint8]) -> None:
     if frame.dtype != np.uint8:
         raise ValueError(f'frame must be uint8, 0..255; seen {frame.dtype}: scale and convert '
                          f'it first')
+
+
+def _upload(frame: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Return the frame as (1, 3, H, W) float on the device; it travels as bytes."""
+    if not frame.flags.writeable or any(stride < 0 for stride in frame.strides):
+        frame = frame.copy()  # torch takes neither
+    image = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None]
+    return image.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _ends(direction: str, old: _Frame, new: _Frame) -> tuple[_Frame, _Frame]:

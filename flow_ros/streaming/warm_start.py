@@ -33,7 +33,7 @@ All this runs on a grid of ``cell`` x ``cell`` pixels, since networks read a pri
 resolution of their levels.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,6 +68,12 @@ class FlowSamples:
     reliability: Tensor | None
     cell: int
     size: tuple[int, int]
+
+    def to(self, device: torch.device) -> 'FlowSamples':
+        """Return the samples on ``device``."""
+        known = self.reliability
+        return replace(self, flow=self.flow.to(device),
+                       reliability=None if known is None else known.to(device))
 
 
 def sample_flow(flow: Tensor, *, cell: int, confidence: Tensor | None = None,

@@ -1,0 +1,99 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Which runtime does a frame, and what becomes of the frame when that runtime fails."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flow_ros.networks.base import FlowOutput
+from flow_ros.runtimes.base import EngineFault, Runtime
+from flow_ros.runtimes.handover import describe, Handover
+
+
+class Serving:
+    """Asks the runtime, once per frame, who does it.
+
+    A Handover may answer differently from frame to frame. Any other runtime is its own answer.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._handover = runtime if isinstance(runtime, Handover) else None
+
+    def at(self, height: int, width: int) -> Runtime:
+        """Return the runtime for the whole of this frame."""
+        return self._runtime if self._handover is None else self._handover.at(height, width)
+
+    def may_change(self, height: int, width: int) -> bool:
+        """Tell whether the next frame of this size may be done by another runtime."""
+        return self._handover is not None and self._handover.may_change(height, width)
+
+    def replace(self, runtime: Runtime, error: Exception) -> bool:
+        """Give up ``runtime`` for its error; False where the error is the frame's to raise.
+
+        Of an engine that was built, every error is a reason: behind it stands the network's own
+        code, which raises its own. Else only what says that the runtime or its device is broken.
+        """
+        if self._handover is None:
+            return False
+        broken = (EngineFault, torch.AcceleratorError)
+        if not isinstance(error, broken) and not self._handover.is_made(runtime):
+            return False
+        text = ' '.join(str(error).split()) or type(error).__name__
+        return self._handover.fall_back(text, runtime)
+
+
+def checked(output: FlowOutput, runtime: Runtime) -> FlowOutput:
+    """Return ``output`` in float32; raise EngineFault where it has NaN or infinite values.
+
+    The check is one sum per map, into which every such value goes.
+    """
+    maps = {'flow': output.flow, 'confidence': output.confidence,
+            'occlusion': output.occlusion}
+    for name, values in maps.items():
+        if values is not None and not bool(torch.isfinite(values.sum(dtype=torch.float32))):
+            bad = int((~torch.isfinite(values)).sum())
+            raise EngineFault(f'{describe(runtime)}: the {name} of {runtime.network.name} is '
+                              f'not finite: {bad} of {values.numel()} values; expected none: '
+                              f'are the weights in order?')
+    return replace(output, flow=output.flow.float(), confidence=_float(output.confidence),
+                   occlusion=_float(output.occlusion))
+
+
+def run_acts(runtime: Runtime, height: int, width: int) -> None:
+    """Run each engine once at this size, so that no frame waits for a compilation.
+
+    Each different step of the network's own schedules is done once, and the output taken after
+    each, where a smaller budget would end.
+    """
+    network, call = runtime.network, runtime.call
+    image = torch.zeros(1, 3, height, width, device=runtime.device)
+    priors: list[Tensor | None] = [None]
+    if network.accepts_prior:
+        # Between a cold start and one with a moderate prior, networks visit all levels.
+        priors.append(torch.full((1, 2, height, width), 40.0, device=runtime.device))
+    features = network.encode(image, call=call)
+    for prior in priors:
+        state = network.start(features, features, prior_flow=prior, call=call)
+        state = replace(state, schedule=tuple(dict.fromkeys(state.schedule)))
+        while state.schedule:
+            state = network.step(state, call=call)
+            network.finish(state, call=call)
+
+
+def _float(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.float()
