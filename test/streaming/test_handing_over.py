@@ -153,7 +153,9 @@ def check(results, first=1):
 @pytest.mark.parametrize('direction', ['forward', 'backward', 'both'])
 def test_frames_are_answered_during_a_long_build_and_across_the_swap(make_world, direction):
     world = make_world(direction=direction)
-    sign = 1 if direction == 'backward' else -1
+    plain = FlowEstimator(network=BlockMatching(), runtime='torch', device='cpu',
+                          outputs={'flow'}, direction=direction)
+    expected = [plain(pan(k), k * DT) for k in range(10)]
     assert world.frame(0) is None
     results = [world.frame(k) for k in range(1, 6)]
     assert world.flow.runtime.name == 'torch' and world.asked == [SIZE]
@@ -165,10 +167,11 @@ def test_frames_are_answered_during_a_long_build_and_across_the_swap(make_world,
     assert engine.network.encoded == 5, 'the last frame once again, then each once'
     for k, result in enumerate(results, start=1):
         assert (result.stamp_previous, result.stamp) == ((k - 1) * DT, k * DT)
-        assert middle(result.flow) == pytest.approx([8 * sign, 0], abs=2.5)
+        # But for rounding, which now and then decides between two equal matches.
+        assert np.abs(result.flow - expected[k].flow).mean() < 0.1
         assert result.warm == (k > 1), (k, result.cold_reason)
         if direction == 'both':
-            assert middle(result.backward.flow) == pytest.approx([8, 0], abs=2.5)
+            assert np.abs(result.backward.flow - expected[k].backward.flow).mean() < 0.1
             assert result.backward.warm == (k > 1)
     assert not world.warnings()
 
