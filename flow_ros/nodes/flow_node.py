@@ -21,7 +21,9 @@ previous frame, whose pixels it moves, backward flow that of the frame itself.
 """
 
 from collections.abc import Sequence
+import os
 import signal
+import sys
 from threading import current_thread, main_thread, Thread
 import time
 import traceback
@@ -61,14 +63,14 @@ class FlowNode(Node):
         Raises ValueError, WeightsError or RuntimeUnavailable, which name what to do.
         """
         super().__init__('flow', **arguments)
-        declare(self)
+        self._teller = declare(self)
         values = values_of(self)
         if values['tune_malloc']:
             tune_malloc()
         self._estimator = FlowEstimator(
             network=values['network'], weights=values['weights'], runtime=values['runtime'],
             precision=values['precision'], device=values['device'] or None,
-            threads=values['threads'] or None)
+            threads=values['threads'] or None, say=self._say)
         self._complaints = Complaints(warn=self.get_logger().warning)
         self._mailbox: Mailbox[Arrival] = Mailbox()
         self._previous: Frame | None = None
@@ -91,15 +93,31 @@ class FlowNode(Node):
         self._worker = Thread(target=self._work, name='flow_worker', daemon=True)
         self._worker.start()
         runtime = self._estimator.runtime
+        self._tell()
         self.get_logger().info(
             f'{values["network"]} on {runtime.name}, {runtime.device} ({runtime.reason}), '
             f'weights {values["weights"]}, direction {values["direction"]}: ready')
 
-    def close(self) -> None:
-        """End the worker and destroy the node."""
+    def close(self) -> bool:
+        """End the worker and what is being built, destroy the node; False if either goes on."""
         self._mailbox.close()
+        ended = self._estimator.close()
         self._worker.join(timeout=10.0)
         self.destroy_node()
+        return ended and not self._worker.is_alive()
+
+    def _say(self, level: str, text: str) -> None:
+        """Log what a runtime says, from whichever thread."""
+        if not self.context.ok():
+            return
+        if level == 'warning':  # rclpy wants one level per line of code
+            self.get_logger().warning(text)
+        else:
+            self.get_logger().info(text)
+
+    def _tell(self) -> None:
+        self._teller.tell(active_runtime=self._estimator.runtime.name,
+                          runtime_status=self._estimator.status)
 
     def _receive(self, message: Image) -> None:
         self._mailbox.put(Arrival(message, time.perf_counter()))
@@ -108,6 +126,7 @@ class FlowNode(Node):
         self._camera_info = message
 
     def _look(self) -> None:
+        self._tell()
         values = values_of(self)
         self._images.look(values['reliability'], no_image_timeout_s=values['no_image_timeout_s'])
         then, flow_then = self._said
@@ -232,6 +251,7 @@ class FlowNode(Node):
                     'iterations': result.iterations, 'warm': result.warm,
                     'cold_reason': result.cold_reason, 'latency_ms': self._latency_ms,
                     'network': values['network'], 'runtime': runtime.name,
+                    'runtime_status': self._estimator.status,
                     'precision': values['precision'], **self._counts(), **told,
                     **{f'{act}_ms': ms for act, ms in result.timings_ms.items()}})
 
@@ -268,9 +288,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if current_thread() is main_thread():  # a second Ctrl-C must not cut this short
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if node is not None:
-            node.close()
+        ended = node is None or node.close()
         rclpy.try_shutdown()
+        if not ended:
+            # A builder deep in its library does not listen, and does not survive the
+            # interpreter's end: it would turn a clean end into a crash.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     return 0
 
 

@@ -41,6 +41,7 @@ class Parameter:
     """One parameter: what it is called, does, may be, and whether it may change while running.
 
     The type of ``default`` is the type of the parameter. ``step`` 0 means any value of the range.
+    ``told`` parameters are set by the node alone, for others to read.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Parameter:
     step: float = 0
     choices: tuple[str, ...] = ()
     read_only: bool = False
+    told: bool = False
 
     @property
     def allowed(self) -> str:
@@ -65,6 +67,9 @@ class Parameter:
 
     def refusal(self, value: Value) -> str:
         """Return why ``value`` is not allowed, or an empty text."""
+        if self.told:
+            return (f'{self.name} is set by the node alone, for others to read; seen {value!r}: '
+                    f'choose the runtime with the parameter runtime, at start')
         if self.choices and value not in self.choices:
             return f'{self.name} is {value!r}; expected one of {self.allowed}'
         return ''
@@ -106,6 +111,10 @@ PARAMETERS: tuple[Parameter, ...] = (
               'never.', 0.0, 3600.0),
     Parameter('tune_malloc', True, 'Let glibc keep the memory of images between messages, which '
               'receives them several times faster.', read_only=True),
+    Parameter('active_runtime', '', 'The runtime that computes the flow now: `torch`, `openvino` '
+              'or `tensorrt`.', told=True),
+    Parameter('runtime_status', '', 'Why this runtime; what is being built for a better one, how '
+              'far it is and how long it still takes; or why that one was refused.', told=True),
 )
 
 
@@ -121,10 +130,35 @@ def check(values: Mapping[str, Value]) -> str:
                                    if name in table)))
 
 
-def declare(node: 'Node') -> None:
+class Teller:
+    """Sets the parameters that the node alone sets, and keeps others from it.
+
+    ``tell`` belongs to the thread that spins the node: others are served by that one too.
+    """
+
+    def __init__(self, node: 'Node') -> None:
+        self._node = node
+        self.telling = False
+
+    def tell(self, **values: Value) -> None:
+        """Set parameters of the table that are ``told``, where they have changed."""
+        from rclpy.parameter import Parameter as RosParameter
+        changed = [RosParameter(name, value=value) for name, value in values.items()
+                   if self._node.get_parameter(name).value != value]
+        if not changed:
+            return
+        self.telling = True
+        try:
+            self._node.set_parameters_atomically(changed)
+        finally:
+            self.telling = False
+
+
+def declare(node: 'Node') -> Teller:
     """Declare all parameters on ``node``, with ranges, and refuse what the table does not allow.
 
-    Raises ValueError if the values given at start are not allowed.
+    Return what tells the parameters that the node alone sets. Raises ValueError if the values
+    given at start are not allowed.
     """
     from rcl_interfaces.msg import (
         FloatingPointRange,
@@ -149,17 +183,22 @@ def declare(node: 'Node') -> None:
                 step=float(parameter.step))]
         return described
 
+    teller = Teller(node)
+
     def on_set(changed: 'Sequence[RosParameter]') -> SetParametersResult:
-        reason = check({parameter.name: parameter.value for parameter in changed})
+        reason = '' if teller.telling else check({parameter.name: parameter.value
+                                                  for parameter in changed})
         return SetParametersResult(successful=not reason, reason=reason)
 
     for parameter in PARAMETERS:
         node.declare_parameter(parameter.name, parameter.default, descriptor(parameter))
-    refusal = check(values_of(node))
+    refusal = check({name: value for name, value in values_of(node).items()
+                     if value or not find(name).told})
     if refusal:
         raise ValueError(f'parameter {refusal}: correct it on the command line, in the '
                          f'parameters file or the launch file')
     node.add_on_set_parameters_callback(on_set)
+    return teller
 
 
 def values_of(node: 'Node') -> dict[str, Any]:
@@ -169,13 +208,13 @@ def values_of(node: 'Node') -> dict[str, Any]:
 
 
 def to_yaml() -> str:
-    """Return the parameters file with all defaults."""
+    """Return the parameters file with all defaults, but for what the node alone sets."""
     lines = ['# Parameters of the flow node, with their defaults. Made from',
              '# flow_ros/nodes/parameters.py by `python -m flow_ros.nodes.parameters --write`:',
              '# change defaults there, and copy this file to set your own.',
              '/**:  # any node name, in any namespace',
              '  ros__parameters:']
-    for parameter in PARAMETERS:
+    for parameter in (each for each in PARAMETERS if not each.told):
         lines += [f'    # {line}' for line in _wrapped(parameter)]
         lines.append(f'    {parameter.name}: {_yaml_value(parameter.default)}')
     return '\n'.join(lines) + '\n'
@@ -186,8 +225,11 @@ def to_markdown() -> str:
     lines = ['| Parameter | Default | Allowed | Live | What it does |', '|---|---|---|---|---|']
     for parameter in PARAMETERS:
         live = 'no' if parameter.read_only else 'yes'
-        lines.append(f'| `{parameter.name}` | `{_yaml_value(parameter.default)}` | '
-                     f'{parameter.allowed or "any"} | {live} | {parameter.description} |')
+        allowed = parameter.allowed or 'any'
+        if parameter.told:
+            live, allowed = 'told', 'the node sets it'
+        lines.append(f'| `{parameter.name}` | `{_yaml_value(parameter.default)}` | {allowed} | '
+                     f'{live} | {parameter.description} |')
     return '\n'.join(lines) + '\n'
 
 

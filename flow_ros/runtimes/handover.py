@@ -243,8 +243,10 @@ class Handover:
                 lambda: self._closing or all(entry.runtime for entry in self._sizes.values()),
                 timeout)
 
-    def close(self, timeout: float = 10.0) -> bool:
+    def close(self, timeout: float = 4.0) -> bool:
         """End a build that is going on, and wait for that; False after ``timeout`` s.
+
+        By default less than the 5 s after which ``ros2 launch`` loses its patience.
 
         What serves goes on serving; nothing more is built. A builder hears of the end at its
         next step, so it may take a while; its thread does not keep the process alive.

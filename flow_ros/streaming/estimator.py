@@ -29,6 +29,7 @@ from torch import Tensor
 from flow_ros.networks import create
 from flow_ros.networks.base import Features, FlowNetwork, FlowOutput, State
 from flow_ros.runtimes import create_runtime, Runtime
+from flow_ros.runtimes.cache import Say
 from flow_ros.streaming.budget import Budget
 from flow_ros.streaming.occlusion import check_consistency
 from flow_ros.streaming.result import FlowResult
@@ -88,7 +89,10 @@ class FlowEstimator:
 
     ``network`` is a name, with ``weights`` as ``networks.create`` takes them, or a network;
     ``runtime`` a name as ``create_runtime`` takes it, with ``device``, ``threads`` and
-    ``precision``, or a runtime, whose network is then the one used. ``budget``, ``direction``,
+    ``precision``, or a runtime, whose network is then the one used. A runtime that is built in
+    the background takes over between two frames, and one that fails is replaced by the next
+    best, if there is one (``runtimes.handover``); no flow is lost by either, and ``say`` is told.
+    Flow that is not finite counts as a failure: EngineFault. ``budget``, ``direction``,
     ``warm_start``, ``max_gap_s`` and ``outputs`` may be changed at any time from any thread;
     the frame being worked on is not affected. ``outputs`` of 'flow', 'confidence' and
     'occlusion' are those computed: networks that know no confidence or occlusion need the
@@ -104,19 +108,21 @@ class FlowEstimator:
                  budget: Budget = Budget(), direction: str = 'forward',
                  device: str | torch.device | None = None, warm_start: bool = True,
                  max_gap_s: float = 0.5, outputs: Iterable[str] = OUTPUTS,
-                 threads: int | None = None, precision: str = 'f32') -> None:
+                 threads: int | None = None, precision: str = 'f32',
+                 say: Say | None = None) -> None:
         self.budget = budget
         self.direction = direction
         self.warm_start = warm_start
         self.max_gap_s = max_gap_s
         self.outputs = outputs
+        self._own_runtime = isinstance(runtime, str)
         if isinstance(runtime, str):
             if isinstance(network, str):
                 network = create(network, weights)
             runtime = create_runtime(runtime, network, device=device, threads=threads,
                                      precision=precision)
         self.runtime = runtime
-        self._serving = Serving(runtime)
+        self._serving = Serving(runtime, say=say)
         self.none_reason = ''
         self._lock = threading.Lock()
         self._restart('first')
@@ -173,6 +179,18 @@ class FlowEstimator:
             raise ValueError(f'outputs must be of {", ".join(sorted(OUTPUTS))}; seen '
                              f'{", ".join(sorted(asked - OUTPUTS))}')
         self._outputs = asked | {'flow'}
+
+    @property
+    def status(self) -> str:
+        """One line: the runtime that serves and why, and what is being made for a better one."""
+        return self._serving.status
+
+    def close(self) -> bool:
+        """End what is being built in the background, if this estimator made its runtime.
+
+        False where a builder does not listen: its thread goes on, and ends with the process.
+        """
+        return not self._own_runtime or self._serving.close()
 
     def reset(self) -> None:
         """Forget the stream; the next frame is its first."""

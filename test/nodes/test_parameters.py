@@ -16,6 +16,7 @@
 
 import os
 from pathlib import Path
+import re
 
 import pytest
 import yaml
@@ -48,7 +49,7 @@ def make_node():
                     parameter_overrides=[Parameter(name, value=value)
                                          for name, value in given.items()])
         nodes.append(node)
-        table.declare(node)
+        node.teller = table.declare(node)
         return node
     yield make
     for node in nodes:
@@ -91,8 +92,9 @@ def test_the_shipped_yaml_is_the_tables():
     shipped = (ROOT / 'config' / 'flow.yaml').read_text(encoding='utf-8')
     assert shipped == table.to_yaml(), 'run python -m flow_ros.nodes.parameters --write'
     values = yaml.safe_load(shipped)['/**']['ros__parameters']
-    assert values == {parameter.name: parameter.default for parameter in table.PARAMETERS}
-    for parameter in table.PARAMETERS:
+    given = [parameter for parameter in table.PARAMETERS if not parameter.told]
+    assert values == {parameter.name: parameter.default for parameter in given}
+    for parameter in given:
         assert type(values[parameter.name]) is type(parameter.default)
 
 
@@ -105,12 +107,12 @@ def test_the_readmes_table_is_the_tables():
 def test_write_makes_both_files_and_nothing_else_of_the_readme(tmp_path):
     (tmp_path / 'config').mkdir()
     readme = tmp_path / 'README.md'
-    readme.write_text(f'before\n{table.BEGIN}\nold\n{table.END}\nafter\n')
+    readme.write_text(f'before\n{table.BEGIN}\nstale\n{table.END}\nafter\n')
     assert table.main(['--write', '--root', str(tmp_path)]) == 0
     assert (tmp_path / 'config' / 'flow.yaml').read_text() == table.to_yaml()
     text = readme.read_text()
     assert table.readme_section(text) == table.to_markdown()
-    assert text.startswith('before\n') and text.endswith('\nafter\n') and 'old' not in text
+    assert text.startswith('before\n') and text.endswith('\nafter\n') and 'stale' not in text
 
 
 def test_write_names_missing_markers(tmp_path, capsys):
@@ -127,13 +129,15 @@ def test_write_names_missing_markers(tmp_path, capsys):
     ('iterations', -1, 'range'),
     ('max_gap_s', 0.0, 'range'),
     ('network', 'dip', 'read-only'),
+    ('active_runtime', 'torch', 'set by the node alone.*parameter runtime, at start'),
+    ('runtime_status', 'fine', 'set by the node alone'),
 ])
 def test_setting_what_is_not_allowed_gives_the_reason(make_node, name, value, word):
     node = make_node()
     before = table.values_of(node)
     result = node.set_parameters([Parameter(name, value=value)])[0]
     assert not result.successful
-    assert word in result.reason
+    assert re.search(word, result.reason)
     assert table.values_of(node) == before
 
 
@@ -147,3 +151,27 @@ def test_live_parameters_are_set(make_node):
 def test_a_start_value_that_is_not_allowed_is_refused(make_node):
     with pytest.raises(ValueError, match="direction is 'up'; expected one of forward"):
         make_node(direction='up')
+
+
+def test_what_the_node_tells_changes_by_its_word_alone(make_node):
+    node = make_node()
+    heard = []
+    node.add_post_set_parameters_callback(
+        lambda changed: heard.append([parameter.value for parameter in changed]))
+    node.teller.tell(active_runtime='torch', runtime_status='torch on cuda:0 serves meanwhile')
+    node.teller.tell(active_runtime='torch', runtime_status='torch on cuda:0 serves meanwhile')
+    node.teller.tell(active_runtime='tensorrt', runtime_status='torch on cuda:0 serves meanwhile')
+    assert heard == [['torch', 'torch on cuda:0 serves meanwhile'], ['tensorrt']]
+    refused, = node.set_parameters([Parameter('active_runtime', value='openvino')])
+    assert not refused.successful
+    # All or none: what comes with it is not set either.
+    refused = node.set_parameters_atomically([Parameter('iterations', value=7),
+                                              Parameter('runtime_status', value='fine')])
+    assert not refused.successful
+    values = table.values_of(node)
+    assert (values['active_runtime'], values['iterations']) == ('tensorrt', 0)
+
+
+def test_what_the_node_tells_cannot_be_given_at_start(make_node):
+    with pytest.raises(ValueError, match="active_runtime is set by the node alone.*'openvino'"):
+        make_node(active_runtime='openvino')
