@@ -130,7 +130,7 @@ class EngineCache:
 
     def __init__(self, directory: Path | None = None, say: Say | None = None) -> None:
         self.directory = cache_directory() if directory is None else directory
-        self._say = log_it if say is None else say
+        self.say: Say = log_it if say is None else say
         self._plans: dict[str, bytes] = {}
         self._records: dict[tuple[str, str], bytes] = {}
         self._warned: set[int | None] = set()
@@ -157,7 +157,7 @@ class EngineCache:
         except OSError as error:
             plan, why = None, f'it cannot be read ({_reason(error)})'
         if plan is None and not quiet:
-            self._say('warning', f'{title}: the engine in {folder} is built anew: {why}')
+            self.say('warning', f'{title}: the engine in {folder} is built anew: {why}')
         return plan
 
     def put(self, key: PlanKey, plan: bytes, metadata: Mapping[str, Any], *,
@@ -280,7 +280,7 @@ class EngineCache:
             seconds = time.monotonic() - start
             if seconds >= _SAY_AFTER_S + said * _SAY_EVERY_S:
                 said += 1
-                self._say('info', f'{title}: waiting for {_holder(path)}, which is building it '
+                self.say('info', f'{title}: waiting for {_holder(path)}, which is building it '
                                   f'({seconds:.0f} s so far)')
             if waiting is not None and not waiting(seconds):
                 raise WaitCancelled(f'{title}: gave up waiting for {_holder(path)} after '
@@ -293,7 +293,7 @@ class EngineCache:
         for entry in self.entries():
             kept = entry.metadata.get('key')
             if entry.title == title and isinstance(kept, dict) and kept != wanted:
-                self._say('info', f'{title}: built anew: the one kept since {entry.built} is for '
+                self.say('info', f'{title}: built anew: the one kept since {entry.built} is for '
                                   f'{_differences(kept, wanted)}')
                 return
 
@@ -305,7 +305,7 @@ class EngineCache:
         room = ''
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             room = f' ({_free(self.directory)})'
-        self._say('warning', f'cannot write to {self.directory}: {_reason(error)}{room}; {what} '
+        self.say('warning', f'cannot write to {self.directory}: {_reason(error)}{room}; {what} '
                              f'kept in memory only, and built again at the next start. Free some '
                              f'space or make the folder writable, or set FLOW_ROS_CACHE to '
                              f'another folder')
