@@ -43,10 +43,26 @@ class Runtime(Protocol):
     ``reason`` says why this runtime was chosen.
     """
 
-    name: str
-    network: FlowNetwork
-    device: torch.device
-    reason: str
+    # Properties, so that a runtime may work them out: what serves can change (Handover).
+    @property
+    def name(self) -> str:
+        """One of ``factory.RUNTIMES``."""
+        ...
+
+    @property
+    def network(self) -> FlowNetwork:
+        """The network whose engine functions these are."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where tensors are."""
+        ...
+
+    @property
+    def reason(self) -> str:
+        """Why this runtime, in words."""
+        ...
 
     def call(self, engine: str, /, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run one engine; the results are the caller's own, no later call changes them.
