@@ -36,6 +36,7 @@ from pathlib import Path
 import tempfile
 from typing import Any
 import zipfile
+import zlib
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,8 @@ SUFFIX = '.reference.npz'
 PAIR = Path(__file__).with_name('reference_pair.npz')
 
 _FORMAT = 1  # part of every key: raise it when what is computed or stored changes
+# What reading a damaged file raises.
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 Say = Callable[[str], object]
 
@@ -76,8 +79,10 @@ class Limits:
 
 LIMITS: Mapping[str, Limits] = {
     'f32': Limits(0.001, 0.005, 0.01),
-    'fast': Limits(0.1, 1.0, 2.0),
+    'f16': Limits(0.1, 1.5, 3.0),
+    'bf16': Limits(0.5, 4.0, 8.0),
 }
+"""By what a runtime computes in."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ class Verdict:
     network: str
     runtime: str
     precision: str
+    arithmetic: str
     device: str
     size: tuple[int, int]
     versions: str
@@ -158,7 +164,9 @@ class Verdict:
     def text(self) -> str:
         """What was checked, what was seen and expected, and what happens next."""
         width, height = self.size
-        head = (f'check of {self.network} on {self.runtime} ({self.precision}, {self.device}, '
+        precision = (self.precision if self.precision == self.arithmetic
+                     else f'{self.precision}: {self.arithmetic}')
+        head = (f'check of {self.network} on {self.runtime} ({precision}, {self.device}, '
                 f'{width}x{height}; {self.versions})')
         if self.passed:
             return f'{head}: passed; {self._numbers()}'
@@ -262,7 +270,7 @@ def reference_for(network: FlowNetwork, *, width: int, height: int,
     if path.is_file():
         try:
             return _read(path, key, network.name, weights, image1, image2, prior)
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             say(f'reference {path} cannot be used ({error}): computed again')
     say(f'computing the reference of {network.name} at {width}x{height} with torch on the CPU')
     reference = make_reference(network, image1, image2, prior)
@@ -289,7 +297,7 @@ def shipped_reference(network: FlowNetwork, weights_file: Path) -> Reference | N
         return _read(path, None, network.name, weights, *reference_pair())
     except _OtherWeightsError:
         return None
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise ValueError(f'reference {path} is damaged ({error}): install flow_ros again') \
             from error
 
@@ -317,11 +325,14 @@ def compare(runtime: Runtime, reference: Reference, *, precision: str | None = N
     """Run every case of ``reference`` on ``runtime`` as a stream would, and judge it.
 
     ``precision`` None is that of the runtime (its attribute ``precision``; 'f32' where it has
-    none), ``limits`` None those of the precision. A runtime that raises is refused.
+    none), ``limits`` None those of what it computes in (its attribute ``arithmetic``; where it
+    has none, 'f16' for 'fast', the bits that TF32 has too). A runtime that raises is refused.
     """
     precision = precision or str(getattr(runtime, 'precision', 'f32'))
     check_precision(precision)
-    limits = limits or LIMITS[precision]
+    usual = 'f32' if precision == 'f32' else 'f16'
+    arithmetic = str(getattr(runtime, 'arithmetic', usual))
+    limits = limits or LIMITS[arithmetic]
     results: list[CaseResult] = []
     fault = ''
     try:
@@ -331,7 +342,7 @@ def compare(runtime: Runtime, reference: Reference, *, precision: str | None = N
     except RuntimeError as error:  # an engine's fault, no memory left, an unknown shape
         fault = str(error) or type(error).__name__
     return Verdict(network=runtime.network.name, runtime=runtime.name, precision=precision,
-                   device=str(runtime.device), size=reference.size,
+                   arithmetic=arithmetic, device=str(runtime.device), size=reference.size,
                    versions=versions(runtime.name, runtime.device), limits=limits,
                    cases=tuple(results), fault=fault)
 
