@@ -29,7 +29,7 @@ import torch
 from torch import nn, Tensor
 
 from flow_ros.networks.base import FlowNetwork, FlowOutput, State
-from flow_ros.runtimes.base import Lap, run_loop
+from flow_ros.runtimes.base import EngineFault, Lap, run_loop
 from flow_ros.runtimes.cache import cache_directory
 
 _MOST_ENGINES = 32
@@ -45,7 +45,12 @@ class OpenVinoRuntime:
 
     An engine is compiled when it is first called with a shape (seconds); the compiled model
     goes to the cache (see ``cache_directory``). Tensors are handed over without a copy where
-    they are contiguous, and every call writes into memory of its own.
+    they are contiguous, and every call writes into memory of its own, so no act copies what
+    the one before it computed. The network's parameters take no gradients afterwards.
+
+    ``arithmetic`` is what convolutions and products are computed in: 'f32', or, with precision
+    'fast', what OpenVINO finds fastest here ('bf16' where the CPU has it, 'f16' on some ARM,
+    else 'f32'). Coordinates stay float32 beside 'bf16'.
     """
 
     name = 'openvino'
@@ -54,11 +59,13 @@ class OpenVinoRuntime:
                  precision: str = 'f32', reason: str = '') -> None:
         self.device = torch.device('cpu')
         self.reason = reason
-        self.network = network.eval().to(self.device)
+        self.precision = precision
+        # What is traced holds the parameters as constants, which have no gradients.
+        self.network = network.eval().to(self.device).requires_grad_(False)
         self._core = openvino.Core()
-        self._config: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY'}
-        if precision == 'f32':
-            self._config['INFERENCE_PRECISION_HINT'] = 'f32'
+        self.arithmetic = 'f32' if precision == 'f32' else _fastest(self._core)
+        self._config: dict[str, Any] = {'PERFORMANCE_HINT': 'LATENCY',
+                                        'INFERENCE_PRECISION_HINT': self.arithmetic}
         if threads is not None:
             self._config['INFERENCE_NUM_THREADS'] = threads
         directory = _writable(cache_directory() / 'openvino')
@@ -101,7 +108,10 @@ class OpenVinoRuntime:
             # OpenVINO lets such an output overwrite the input.
             raise RuntimeError(f'{self.network.name} {engine!r} returns one of its inputs: leave '
                                f'it out, the caller has it')
-        return _Engine(self._core.compile_model(model, 'CPU', self._config))
+        count = len(model.outputs)
+        if self.arithmetic != 'f32':
+            _keep_coordinates(model)
+        return _Engine(self._core.compile_model(model, 'CPU', self._config), count)
 
 
 class _EngineModule(nn.Module):
@@ -109,21 +119,23 @@ class _EngineModule(nn.Module):
 
     def __init__(self, network: FlowNetwork, engine: str) -> None:
         super().__init__()
-        self.network = network
-        self.name = engine
+        # Not the network, which would become a part: the tracer copies all parts of a module,
+        # those of the other engines too, a third of a second for each engine of HD3.
+        self._run = network.engine
+        self._name = engine
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run the engine function."""
-        return self.network.engine(self.name, *tensors)
+        return self._run(self._name, *tensors)
 
 
 class _Engine:
-    """A compiled engine and its one request."""
+    """A compiled engine, its one request, and its first ``count`` outputs."""
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self, compiled: Any, count: int) -> None:
         self._request = compiled.create_infer_request()
         self._outputs = [(tuple(port.shape), _torch_type(port.element_type.to_dtype()))
-                         for port in compiled.outputs]
+                         for port in compiled.outputs[:count]]
 
     def run(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         # New memory for each result: features outlive the call by a frame.
@@ -133,7 +145,10 @@ class _Engine:
             self._request.set_input_tensor(index, _shared(tensor))
         for index, tensor in enumerate(outputs):
             self._request.set_output_tensor(index, _shared(tensor))
-        self._request.infer()
+        try:
+            self._request.infer()
+        except RuntimeError as error:
+            raise EngineFault(f'OpenVINO failed: {str(error).strip()}') from error
         return outputs
 
 
@@ -147,6 +162,29 @@ def _writable(directory: Path) -> Path | None:
         _log.warning('compiled engines are not kept: cannot write to %s (%s); set '
                      'FLOW_ROS_CACHE to a folder that can be written', directory, error)
         return None
+
+
+def _fastest(core: Any) -> str:
+    """Return what OpenVINO computes in where it may choose: 'bf16', 'f16' or 'f32'."""
+    chosen = str(core.get_property('CPU', 'INFERENCE_PRECISION_HINT').to_string())
+    return chosen if chosen in ('bf16', 'f16') else 'f32'
+
+
+def _keep_coordinates(model: Any) -> None:
+    """Keep the sampling grids of ``model`` in float32.
+
+    OpenVINO computes nothing in bf16 between the last convolution or product and an output, so
+    every grid is made one; nobody reads it. In bf16, with 8 bits, a grid is wrong by up to a
+    px at a width of 80: that was eight tenths of all errors of the fast precision.
+    """
+    grids = {}
+    for node in model.get_ops():
+        if node.get_type_name() == 'GridSample':
+            source = node.input(1).get_source_output()
+            if source.get_node().get_type_name() not in ('Constant', 'Parameter'):
+                grids[source.get_node().get_friendly_name(), source.get_index()] = source
+    if grids:
+        model.add_outputs(list(grids.values()))
 
 
 def _source(output: Any) -> str:
