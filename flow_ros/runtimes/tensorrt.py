@@ -783,7 +783,7 @@ class TensorRtRuntime:
         with self._streams.turn() as stream:
             lane = self._lane(stream)
             with lane.lock:
-                return self._run(plan, lane.context(plan), tensors, stream)
+                return self._run(plan, lane.context, tensors, stream)
 
     def loop(self, state: State, lap: Lap | None = None) -> tuple[State, FlowOutput]:
         """Do the steps of ``state`` and finish."""
@@ -831,11 +831,12 @@ class TensorRtRuntime:
     def _graph_calls(self) -> '_GraphCalls':
         return _GraphCalls(self)
 
-    def _run(self, plan: '_Plan', context: '_Context', tensors: Sequence[Tensor],
-             stream: int) -> tuple[Tensor, ...]:
-        """Bind ``tensors`` and new outputs to the context, and run it."""
+    def _run(self, plan: '_Plan', context_of: Callable[['_Plan'], '_Context'],
+             tensors: Sequence[Tensor], stream: int) -> tuple[Tensor, ...]:
+        """Bind ``tensors`` and new outputs to a context, and run it."""
         with self._library.messages.collected() as messages:
             try:
+                context = context_of(plan)
                 inputs = [_bindable(tensor, binding, self.device)
                           for tensor, binding in zip(tensors, plan.inputs)]
                 return context.run(inputs, stream)
@@ -1057,17 +1058,19 @@ class _GraphCalls:
         """Run one engine."""
         runtime = self._runtime
         plan = runtime._plan(engine, tensors)
+        with runtime._streams.turn() as stream:
+            return runtime._run(plan, self._context, tensors, stream)
+
+    def _context(self, plan: _Plan) -> _Context:
         if self._next == len(self._contexts):
-            context = _Context(plan, runtime.device)
-            self._contexts.append((plan, context))
+            self._contexts.append((plan, _Context(plan, self._runtime.device)))
         expected, context = self._contexts[self._next]
         if expected is not plan:
             raise RuntimeError(f'call {self._next} of this graph was {expected.act.name} and is '
                                f'now {plan.act.name}')
         self._next += 1
         context.give(self._scratch)
-        with runtime._streams.turn() as stream:
-            return runtime._run(plan, context, tensors, stream)
+        return context
 
 
 def _bindable(tensor: Tensor, binding: _Binding, device: torch.device) -> Tensor:
