@@ -89,6 +89,15 @@ class DIPConfig:
                              f'released); seen {self.warm_noise!r}')
 
 
+class InstanceNorm(nn.Module):
+    """Zero mean and unit variance of each channel of each map; in float32 at least."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the normed map, in the type of ``values``."""
+        # Half precision cannot sum the squares of a map of 300,000 cells.
+        return functional.instance_norm(values.float()).to(values.dtype)
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions; the shortcut is always a strided 1x1 convolution."""
 
@@ -97,12 +106,13 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride),
-                                        nn.InstanceNorm2d(outputs))
+                                        InstanceNorm())
+        self.norm = InstanceNorm()
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the block's map."""
-        inner = functional.relu(functional.instance_norm(self.conv1(values)))
-        inner = functional.relu(functional.instance_norm(self.conv2(inner)))
+        inner = functional.relu(self.norm(self.conv1(values)))
+        inner = functional.relu(self.norm(self.conv2(inner)))
         return functional.relu(self.downsample(values) + inner)
 
 
@@ -112,6 +122,7 @@ class Encoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3)
+        self.norm = InstanceNorm()
         self.layer1 = self._layer(64, 64, stride=1)
         self.layer2 = self._layer(64, 96, stride=2)
         self.layer3 = self._layer(96, 128, stride=1)
@@ -124,7 +135,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return (B, 256, H/4, W/4)."""
-        values = functional.relu(functional.instance_norm(self.conv1(image)))
+        values = functional.relu(self.norm(self.conv1(image)))
         values = self.layer3(self.layer2(self.layer1(values)))
         return self.conv2(values)
 

@@ -169,7 +169,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W), RGB 0..255 -> match, hidden, context at 1/16, then at 1/8."""
-        x = image * (2 / 255) - 1
+        x = (image * (2 / 255) - 1).to(self.head8.weight.dtype)
         x = functional.relu(self.stem(x))  # (B, 24, H/2, W/2)
         x = functional.relu(self.down4(x))  # (B, 32, H/4, W/4)
         x8 = self.layer8(self.layer4(x))  # (B, 80, H/8, W/8)

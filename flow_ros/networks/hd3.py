@@ -186,6 +186,8 @@ def _conv_norm(inputs: int, outputs: int, kernel: int = 3, *, stride: int = 1,
 class VGGBlock(nn.Module):
     """Three 3x3 convolutions, the first halves the size."""
 
+    folds = (('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'))
+
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, outputs, stride=2)
@@ -225,6 +227,8 @@ class VGGEncoder(nn.Module):
 class BasicBlock(nn.Module):
     """DLA's block: two 3x3 convolutions and a residual that the tree gives."""
 
+    folds = (('conv1', 'bn1'), ('conv2', 'bn2'))
+
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, outputs, stride=stride)
@@ -240,6 +244,8 @@ class BasicBlock(nn.Module):
 
 class Root(nn.Module):
     """Aggregates the maps of a tree by a 1x1 convolution."""
+
+    folds = (('conv', 'bn'),)
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -412,6 +418,8 @@ class PreActivationBlock(nn.Module):
     The first block of a decoder does not norm its input, and its shortcut is a convolution.
     """
 
+    folds = (('conv1', 'bn2'),)
+
     def __init__(self, inputs: int, outputs: int, *, first: bool) -> None:
         super().__init__()
         self.bn1 = None if first else nn.BatchNorm2d(inputs)
@@ -552,7 +560,8 @@ class HD3(FlowNetwork):
     def encode_engine(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the maps at 1/64 to 1/4 of an RGB image, 0..255, sides multiples of 64."""
         normalised = (image / 255 - self.mean) / self.deviation
-        return cast(tuple[Tensor, ...], self.encoder(normalised))
+        kind = next(self.encoder.parameters()).dtype
+        return cast(tuple[Tensor, ...], self.encoder(normalised.to(kind)))
 
     def step0_engine(self, features_a: Tensor, features_b: Tensor,
                      offset: Tensor) -> tuple[Tensor, ...]:

@@ -152,7 +152,8 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor, count: int = len(SCALES)) -> tuple[Tensor, ...]:
         """(B, 3, H, W), RGB 0..255 -> conv2 at 1/4, then F of the ``count`` coarsest scales."""
-        x = activate(self.conv1(image * (2 / 255) - 1))  # (B, 64, H/2, W/2)
+        x = (image * (2 / 255) - 1).to(self.conv1.weight.dtype)
+        x = activate(self.conv1(x))  # (B, 64, H/2, W/2)
         second = activate(self.conv2(x))  # (B, 128, H/4, W/4)
         pooled = [activate(self.conv3(second))]  # Y: (B, 256, H/8, W/8)
         while len(pooled) < len(SCALES):

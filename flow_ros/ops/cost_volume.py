@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from flow_ros.ops.exporting import is_exporting
 from flow_ros.ops.matching import local_search
 from flow_ros.ops.sampling import pixel_grid, warp
 
@@ -245,7 +246,10 @@ def _sampled_plainly(own: Tensor, rows: Tensor, first: Tensor, part_x: Tensor, p
     first = (first + images).reshape(-1, 1)  # (B * N, 1)
     rows, own = rows.reshape(-1, channels), own.reshape(-1, channels)
     part_x, part_y = part_x.reshape(-1, 1), part_y.reshape(-1, 1)
-    plainly = _dot_plainly if measure == 'dot' else _sad_plainly
+    if measure == 'sad':
+        plainly = _sad_plainly
+    else:
+        plainly = _dot_by_lines if is_exporting() else _dot_plainly
     planes = plainly(own, rows, first, part_x, part_y, across, 2 * radius + 2)
     return planes.view(batch, count, -1)
 
@@ -267,6 +271,26 @@ def _dot_plainly(own: Tensor, rows: Tensor, first: Tensor, part_x: Tensor, part_
     lines: list[Tensor] = []
     previous: Tensor | None = None
     for values in products.split(side, dim=1):
+        line = values[:, :-1] + (values[:, 1:] - values[:, :-1]) * part_x
+        if previous is not None:
+            lines.append(previous + (line - previous) * part_y)
+        previous = line
+    return torch.cat(lines, dim=1)
+
+
+def _dot_by_lines(own: Tensor, rows: Tensor, first: Tensor, part_x: Tensor, part_y: Tensor,
+                  across: int, side: int) -> Tensor:
+    """Do the same for any number of pixels, one line of all patches at a time.
+
+    The patches of all pixels at once would be 100 to 324 times the map, in a GPU's memory.
+    """
+    own = (own * (1 / own.shape[1]))[:, :, None]  # (N, C, 1)
+    taps = first + torch.arange(side, device=rows.device)  # (N, side)
+    lines: list[Tensor] = []
+    previous: Tensor | None = None
+    for index in range(side):
+        patch = rows.index_select(0, (taps + index * across).flatten())
+        values = torch.matmul(patch.view(-1, side, own.shape[1]), own)[:, :, 0]
         line = values[:, :-1] + (values[:, 1:] - values[:, :-1]) * part_x
         if previous is not None:
             lines.append(previous + (line - previous) * part_y)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flow_ros.ops.exporting import are_open, is_exporting
 from flow_ros.ops.sampling import pixel_grid, sample
 
 Seeds = tuple[tuple[int, int], ...]
@@ -77,12 +78,13 @@ def _correlate(features_a: Tensor, features_b: Tensor, targets: list[Tensor]) ->
     """Return the planes <F1(x), F2(target(x))> / C, one for each of ``targets``.
 
     On CPUs one map a target, in single precision and channels first: four times faster,
-    forward and backward, than one call for all of them or half precision. On GPUs one call:
-    the maps are small there, and what counts is how many kernels are launched.
+    forward and backward, than one call for all of them or half precision. On GPUs, and in
+    graphs, which are meant for them, one call: the maps are small there, and what counts is how
+    many kernels are launched.
     """
     a = features_a.to(targets[0].dtype).contiguous()
     b = features_b.to(targets[0].dtype).contiguous()
-    if a.is_cuda:
+    if a.is_cuda or is_exporting():
         return _correlate_at_once(a, b, targets)
     planes = [(a * sample(b, points)).mean(dim=1, keepdim=True) for points in targets]
     return torch.cat(planes, dim=1)
@@ -96,24 +98,32 @@ def _correlate_at_once(a: Tensor, b: Tensor, targets: list[Tensor]) -> Tensor:
     return (a[:, :, None] * sampled).mean(dim=1)
 
 
-def local_search(features_a: Tensor, warped_b: Tensor, radius: int) -> Tensor:
+def local_search(features_a: Tensor, warped_b: Tensor, radius: int,
+                 padding: str = 'zeros') -> Tensor:
     """Correlate with the neighbourhood in the warped target: DIP equation 7.
 
-    Plane (2r+1)(dy+r) + (dx+r) is <F1(x), F2'(x + (dx, dy))> / C with F2' = W(F2, flow), zero
-    outside. Computed in tiles of 8x8 pixels as one batched matrix product per tile with its
-    (8+2r)x(8+2r) window, of which the band is kept: 3 times the multiplications of the plain
-    loop over shifts for r = 4, on a unit that is 30 times faster, and no map per shift.
+    Plane (2r+1)(dy+r) + (dx+r) is <F1(x), F2'(x + (dx, dy))> / C with F2' = W(F2, flow), which
+    outside is zero, or with ``padding`` 'border' replicated. Computed in tiles of 8x8 pixels as
+    one batched matrix product per tile with its (8+2r)x(8+2r) window, of which the band is kept:
+    3 times the multiplications of the plain loop over shifts for r = 4, on a unit that is 30
+    times faster, and no map per shift.
     Returns (B, (2r+1)**2, H, W).
     """
     batch, channels, height, width = features_a.shape
     window = TILE + 2 * radius
     side = 2 * radius + 1
+    mode = 'constant' if padding == 'zeros' else 'replicate'
+    if are_open(height, width):
+        # A graph for maps of any size: tiles whose number is open are more than torch can prove.
+        padded = functional.pad(warped_b, (radius,) * 4, mode=mode)
+        return _search_by_rows(features_a, padded, radius)
     right, lower = -width % TILE, -height % TILE
     rows, columns = (height + lower) // TILE, (width + right) // TILE
     a = functional.pad(features_a, (0, right, 0, lower)).permute(0, 2, 3, 1)
     a = a.reshape(batch, rows, TILE, columns, TILE, channels).permute(0, 1, 3, 2, 4, 5)
     a = a.reshape(batch * rows * columns, TILE * TILE, channels)
-    b = functional.pad(warped_b, (radius, right + radius, radius, lower + radius))
+    # What is more than the radius outside is met only by pixels that are cut off again.
+    b = functional.pad(warped_b, (radius, right + radius, radius, lower + radius), mode=mode)
     b = b.permute(0, 2, 3, 1)  # (B, H + 2r, W + 2r, C)
     b = _windows(b, 1, rows, window)  # (B, rows, window, W + 2r, C)
     b = _windows(b, 3, columns, window)  # (B, rows, window, columns, window, C)
@@ -127,10 +137,41 @@ def local_search(features_a: Tensor, warped_b: Tensor, radius: int) -> Tensor:
     return planes[:, :, :height, :width]
 
 
+def _search_by_rows(features_a: Tensor, padded_b: Tensor, radius: int) -> Tensor:
+    """Do what ``local_search`` does with 2r + 1 matrix products, whatever the map's size.
+
+    Each takes whole rows of both maps, (W, C) and (C, W + 2r), of which a band is kept.
+    ``padded_b`` is (B, C, H + 2r, W + 2r).
+    """
+    batch, channels, height, width = features_a.shape
+    side, across = 2 * radius + 1, width + 2 * radius
+    a = (features_a * (1 / channels)).permute(0, 2, 3, 1)  # (B, H, W, C)
+    b = padded_b.permute(0, 2, 1, 3)  # (B, H + 2r, C, W + 2r)
+    planes = []
+    for dy in range(side):
+        products = torch.matmul(a, b[:, dy:dy + height])  # (B, H, W, W + 2r)
+        # Pixel x wants the entries x to x + 2r: the first ones of a row, where rows are one
+        # longer than they were.
+        flat = functional.pad(products.reshape(batch, height, width * across), (0, width))
+        planes.append(flat.reshape(batch, height, width, across + 1)[..., :side])
+    return torch.cat(planes, dim=3).permute(0, 3, 1, 2)
+
+
 def _windows(values: Tensor, dim: int, count: int, window: int) -> Tensor:
     """Cut ``count`` overlapping windows, TILE apart, out of ``dim``; they become two dims."""
+    if is_exporting():
+        return _windows_of_tiles(values, dim, count, window)
     parts = [values.narrow(dim, index * TILE, window) for index in range(count)]
     return torch.stack(parts, dim=dim)
+
+
+def _windows_of_tiles(values: Tensor, dim: int, count: int, window: int) -> Tensor:
+    """Do the same with as many operations for any ``count``: a window is its next few tiles."""
+    reach = -(-window // TILE)
+    pads = [0, 0] * (values.ndim - 1 - dim) + [0, reach * TILE - window]
+    tiles = functional.pad(values, pads).unflatten(dim, (count + reach - 1, TILE))
+    parts = [tiles.narrow(dim, index, count) for index in range(reach)]
+    return torch.cat(parts, dim=dim + 1).narrow(dim + 1, 0, window)
 
 
 def _band(products: Tensor, window: int, side: int) -> Tensor:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flow_ros.ops.matching import SEEDS
+from flow_ros.ops.exporting import is_exporting
+from flow_ros.ops.matching import local_search, SEEDS
 from flow_ros.ops.sampling import pixel_grid, sample
 
 GROUPS = 2
@@ -79,8 +80,11 @@ def local_search_released(features_a: Tensor, warped_b: Tensor, radius: int = 2)
     """
     channels, height, width = features_a.shape[1:]
     side = 2 * radius + 1
+    if is_exporting():
+        # Twenty-five shifts are hundreds of layers, each as large as the features.
+        planes = local_search(features_a, warped_b, radius, padding='border')
+        return planes.unflatten(1, (side, side)).transpose(1, 2).flatten(1, 2)
     scaled = features_a / channels
     padded = functional.pad(warped_b, (radius,) * 4, mode='replicate')
-    planes = [(scaled * padded[:, :, y:y + height, x:x + width]).sum(dim=1)
-              for x in range(side) for y in range(side)]
-    return torch.stack(planes, dim=1)
+    return torch.stack([(scaled * padded[:, :, y:y + height, x:x + width]).sum(dim=1)
+                        for x in range(side) for y in range(side)], dim=1)

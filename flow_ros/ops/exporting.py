@@ -1,0 +1,31 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Whether an operation is being exported (``torch.export``, and ONNX through it).
+
+Some operations have two forms that compute the same: one for what runs them eagerly, and one
+for a graph, whose size must not grow with the map's and which must hold for maps of any size.
+"""
+
+import torch
+
+
+def is_exporting() -> bool:
+    """Return True while ``torch.export`` records; not for a trace, nor for torch.compile."""
+    return torch.compiler.is_exporting()
+
+
+def are_open(*sizes: object) -> bool:
+    """Return True where one of ``sizes`` is left open in the graph that is being recorded."""
+    return any(isinstance(size, torch.SymInt) for size in sizes)
