@@ -23,12 +23,12 @@ from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
-from flow_ros.nodes.parameters import find
+from flow_ros.nodes.parameters import find, parameter_files, PRESETS
 from flow_ros.nodes.process import profile_variable
 
 SHARE = Path(get_package_share_directory('flow_ros'))
 
-FROM_FILE = '; empty: as in the parameters file'
+FROM_FILE = '; empty: as in the parameters file or preset'
 
 
 def choice(name: str) -> DeclareLaunchArgument:
@@ -56,8 +56,11 @@ def arguments() -> list[DeclareLaunchArgument]:
         DeclareLaunchArgument('camera_info', default_value='',
                               description='Topic of the camera info; empty: camera_info beside '
                                           'the images, as camera drivers have it'),
-        DeclareLaunchArgument('params_file', default_value=str(SHARE / 'config' / 'flow.yaml'),
-                              description='Parameters file'),
+        DeclareLaunchArgument('preset', default_value='', choices=['', *PRESETS],
+                              description='Parameters for a kind of machine: config/NAME.yaml'),
+        DeclareLaunchArgument('params_file', default_value='',
+                              description='Parameters file, over the preset; empty: without a '
+                                          'preset config/flow.yaml'),
         choice('network'),
         choice('runtime'),
         choice('direction'),
@@ -81,6 +84,8 @@ def nodes(context: LaunchContext) -> list[Action]:
     """Return the nodes to start, with the arguments as given."""
     given = {name: str(LaunchConfiguration(name).perform(context))
              for name in (argument.name for argument in arguments())}
+    files = parameter_files(SHARE / 'config', preset=given['preset'],
+                            params_file=given['params_file'])
     overrides: dict[str, bool | int | str] = {'use_sim_time': given['use_sim_time'] == 'true'}
     overrides |= {name: given[name] for name in ('network', 'runtime', 'direction', 'weights')
                   if given[name]}
@@ -97,7 +102,7 @@ def nodes(context: LaunchContext) -> list[Action]:
                    if given['fastdds_profile'] == 'true' else {})
     started: list[Action] = [
         Node(package='flow_ros', executable='flow_node', name='flow',
-             namespace=given['namespace'], parameters=[given['params_file'], overrides],
+             namespace=given['namespace'], parameters=[*map(str, files), overrides],
              remappings=remappings, additional_env=environment, output='screen',
              emulate_tty=True,
              ros_arguments=['--log-level', given['log_level']])]

@@ -22,6 +22,7 @@ previous frame, whose pixels it moves, backward flow that of the frame itself.
 
 from collections.abc import Sequence
 import os
+from pathlib import Path
 import signal
 import sys
 from threading import current_thread, main_thread, Thread
@@ -70,7 +71,9 @@ class FlowNode(Node):
         self._estimator = FlowEstimator(
             network=values['network'], weights=values['weights'], runtime=values['runtime'],
             precision=values['precision'], device=values['device'] or None,
-            threads=values['threads'] or None, say=self._say)
+            threads=values['threads'] or None,
+            engine_cache=Path(cache).expanduser() if (cache := values['engine_cache']) else None,
+            workspace_mib=values['workspace_mib'] or None, say=self._say)
         self._complaints = Complaints(warn=self.get_logger().warning)
         self._mailbox: Mailbox[Arrival] = Mailbox()
         self._previous: Frame | None = None

@@ -81,13 +81,19 @@ PARAMETERS: tuple[Parameter, ...] = (
               read_only=True),
     Parameter('weights', 'default', 'Its weights: `default` (those of the model) or the '
               'path of a file (safetensors, or a published checkpoint).', read_only=True),
-    Parameter('runtime', 'auto', 'Where the network runs; `auto` takes the fastest there is.',
+    Parameter('runtime', 'auto', 'Where the network runs; `auto` takes the first there is of '
+              'TensorRT, torch on CUDA, OpenVINO, torch on the CPU. Torch serves until '
+              "TensorRT's engines are built and checked; `active_runtime` tells.",
               choices=('auto', 'torch', 'openvino', 'tensorrt'), read_only=True),
     Parameter('precision', 'f32', '`f32`: results that agree between runtimes; `fast`: whatever '
               'this machine does fastest.', choices=('f32', 'fast'), read_only=True),
     Parameter('device', '', "Device, in the runtime's own words (`cpu`, `cuda:0`); empty: the "
               "runtime's choice.", read_only=True),
     Parameter('threads', 0, "CPU threads; 0: the runtime's choice.", 0, 1024, 1, read_only=True),
+    Parameter('engine_cache', '', 'Folder of the compiled engines, which are built once; empty: '
+              '`$FLOW_ROS_CACHE`, else `~/.cache/flow_ros`.', read_only=True),
+    Parameter('workspace_mib', 0, 'Memory (MiB of the GPU) that TensorRT may use to try kernels '
+              "while it builds; 0: TensorRT's own limit.", 0, 1048576, 1, read_only=True),
     Parameter('iterations', 0, "The budget: iterations per level of dip_rt and dip, levels "
               "of hd3 (5), scales of mscsl (4); 0: the network's default. Fewer are faster, more "
               'are more exact.', 0, 100, 1),
@@ -116,6 +122,10 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter('runtime_status', '', 'Why this runtime; what is being built for a better one, how '
               'far it is and how long it still takes; or why that one was refused.', told=True),
 )
+
+
+PRESETS: tuple[str, ...] = ('jetson_orin', 'jetson_thor', 'desktop', 'cpu')
+"""Parameter files per kind of machine, config/NAME.yaml."""
 
 
 def find(name: str) -> Parameter:
@@ -199,6 +209,19 @@ def declare(node: 'Node') -> Teller:
                          f'parameters file or the launch file')
     node.add_on_set_parameters_callback(on_set)
     return teller
+
+
+def parameter_files(config: Path, *, preset: str = '', params_file: str = '') -> list[Path]:
+    """Return the parameter files to start a node with, later ones over earlier ones.
+
+    ``config`` is the folder of flow.yaml and the presets. A file of one's own goes over the
+    preset, and without either it is flow.yaml, all defaults.
+    """
+    if preset and preset not in PRESETS:
+        raise ValueError(f'preset is {preset!r}; expected one of {", ".join(PRESETS)}')
+    files = [config / f'{preset}.yaml'] if preset else []
+    files += [Path(params_file)] if params_file else []
+    return files or [config / 'flow.yaml']
 
 
 def values_of(node: 'Node') -> dict[str, Any]:

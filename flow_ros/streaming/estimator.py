@@ -88,15 +88,16 @@ class FlowEstimator:
     'duplicate stamp'). Bad input raises ValueError and changes nothing either.
 
     ``network`` is a name, with ``weights`` as ``networks.create`` takes them, or a network;
-    ``runtime`` a name as ``create_runtime`` takes it, with ``device``, ``threads`` and
-    ``precision``, or a runtime, whose network is then the one used. A runtime that is built in
-    the background takes over between two frames, and one that fails is replaced by the next
-    best, if there is one (``runtimes.handover``); no flow is lost by either, and ``say`` is told.
-    Flow that is not finite counts as a failure: EngineFault. ``budget``, ``direction``,
-    ``warm_start``, ``max_gap_s`` and ``outputs`` may be changed at any time from any thread;
-    the frame being worked on is not affected. ``outputs`` of 'flow', 'confidence' and
-    'occlusion' are those computed: networks that know no confidence or occlusion need the
-    flow of the other direction for them, which doubles the steps.
+    ``runtime`` a name as ``create_runtime`` takes it, with ``device``, ``threads``,
+    ``precision``, ``engine_cache`` and ``workspace_mib``, or a runtime, whose network is then
+    the one used. A runtime that is built in the background takes over between two frames, and
+    one that fails is replaced by the next best, if there is one (``runtimes.handover``). No flow
+    is lost by either, and ``say`` is told. Flow that is not finite is a failure (EngineFault).
+
+    ``budget``, ``direction``, ``warm_start``, ``max_gap_s`` and ``outputs`` may be changed at
+    any time from any thread; the frame being worked on is not affected. ``outputs`` of 'flow',
+    'confidence' and 'occlusion' are those computed: networks that know no confidence or
+    occlusion need the flow of the other direction for them, which doubles the steps.
 
     Each frame is encoded once. The flow is carried to the next pair (``warm_start``), but for
     one that does not explain the frames it leads between: after a scene cut the start is cold.
@@ -109,6 +110,7 @@ class FlowEstimator:
                  device: str | torch.device | None = None, warm_start: bool = True,
                  max_gap_s: float = 0.5, outputs: Iterable[str] = OUTPUTS,
                  threads: int | None = None, precision: str = 'f32',
+                 engine_cache: Path | None = None, workspace_mib: int | None = None,
                  say: Say | None = None) -> None:
         self.budget = budget
         self.direction = direction
@@ -120,9 +122,10 @@ class FlowEstimator:
             if isinstance(network, str):
                 network = create(network, weights)
             runtime = create_runtime(runtime, network, device=device, threads=threads,
-                                     precision=precision)
+                                     precision=precision, cache=engine_cache,
+                                     workspace_mib=workspace_mib, say=say)
         self.runtime = runtime
-        self._serving = Serving(runtime, say=say)
+        self._serving = Serving(runtime)
         self.none_reason = ''
         self._lock = threading.Lock()
         self._restart('first')

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from flow_ros.networks.base import FlowOutput
 from flow_ros.runtimes.base import EngineFault, Runtime
-from flow_ros.runtimes.cache import Say
 from flow_ros.runtimes.handover import describe, Handover
 
 
@@ -31,11 +30,9 @@ class Serving:
     A Handover may answer differently from frame to frame. Any other runtime is its own answer.
     """
 
-    def __init__(self, runtime: Runtime, *, say: Say | None = None) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._handover = runtime if isinstance(runtime, Handover) else None
-        if self._handover is not None and say is not None:
-            self._handover.say = say
 
     def close(self) -> bool:
         """End what is being made; False where it goes on although it was told to end."""

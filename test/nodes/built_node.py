@@ -72,7 +72,7 @@ class Builder:
             else:
                 self.orders.put((verb, text))
 
-    def create(self, name, network, **options):
+    def create(self, name, network, *, say, **options):
         """Stand in for create_runtime."""
         copied = copy.deepcopy(network)
 
@@ -94,7 +94,7 @@ class Builder:
             raise RuntimeError('cancelled')
         return Handover(serving=[lambda: TorchRuntime(network, device=CPU, threads=1,
                                                       reason='until TensorRT is ready')],
-                        make=make, period_s=0.3)
+                        make=make, say=say, period_s=0.3)
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 import yaml
 
+from flow_ros.nodes.parameters import parameter_files
 from flow_ros.nodes.process import profile_variable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,11 +44,11 @@ def launch_description(monkeypatch):
 def test_every_argument_has_a_description_and_a_choice_where_there_is_one(monkeypatch):
     arguments = {argument.name: argument
                  for argument in launch_description(monkeypatch).get_launch_arguments()}
-    assert {'namespace', 'image', 'camera_info', 'params_file', 'network', 'runtime', 'budget',
-            'direction', 'rviz', 'log_level', 'use_sim_time'} <= set(arguments)
+    assert {'namespace', 'image', 'camera_info', 'preset', 'params_file', 'network', 'runtime',
+            'budget', 'direction', 'rviz', 'log_level', 'use_sim_time'} <= set(arguments)
     for argument in arguments.values():
         assert argument.description, argument.name
-    for name in ('runtime', 'direction', 'rviz', 'log_level', 'use_sim_time'):
+    for name in ('preset', 'runtime', 'direction', 'rviz', 'log_level', 'use_sim_time'):
         assert arguments[name].choices, name
 
 
@@ -56,7 +57,7 @@ def test_the_launch_file_starts_the_node_with_what_it_is_given(monkeypatch):
     from launch import LaunchContext
     context = LaunchContext()
     given = {'namespace': 'front', 'image': '/camera/image_raw', 'budget': '3', 'rviz': 'true',
-             'direction': 'both'}
+             'direction': 'both', 'preset': 'jetson_orin'}
     context.launch_configurations.update(given)
     for entity in description.entities[:-1]:
         entity.execute(context)
@@ -74,9 +75,26 @@ def test_the_launch_file_starts_the_node_with_what_it_is_given(monkeypatch):
             parameters |= of_node['ros__parameters']
     assert (parameters['iterations'], parameters['direction']) == (3, 'both')
     assert parameters['use_sim_time'] is False
+    assert parameters['precision'] == 'fast', 'the preset, where nothing else is said'
     context.launch_configurations['budget'] = 'much'
     with pytest.raises(ValueError, match="budget is 'much'; expected a number"):
         description.entities[-1].execute(context)
+
+
+@pytest.mark.parametrize(('given', 'expected'), [
+    ({}, ['flow.yaml']),
+    ({'preset': 'cpu'}, ['cpu.yaml']),
+    ({'params_file': '/mine.yaml'}, ['/mine.yaml']),
+    ({'preset': 'desktop', 'params_file': '/mine.yaml'}, ['desktop.yaml', '/mine.yaml'])])
+def test_a_file_of_ones_own_goes_over_a_preset(given, expected):
+    config = ROOT / 'config'
+    assert parameter_files(config, **given) == [config / name for name in expected]
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(ValueError, match="'orin'; expected one of jetson_orin, jetson_thor, "
+                                         'desktop, cpu'):
+        parameter_files(ROOT / 'config', preset='orin')
 
 
 def test_rviz_shows_the_topics_of_the_node_relative_to_its_namespace():
