@@ -24,7 +24,7 @@ import torch
 
 from flow_ros.networks.base import FlowNetwork
 from flow_ros.runtimes.base import check_precision, check_threads, Runtime, RuntimeUnavailable
-from flow_ros.runtimes.cache import Say
+from flow_ros.runtimes.cache import EngineCache, Say
 from flow_ros.runtimes.tensorrt import find_tensorrt, missing_tensorrt, refuses_gpu
 from flow_ros.runtimes.torch import TorchRuntime
 
@@ -33,6 +33,7 @@ RUNTIMES: tuple[str, ...] = ('auto', 'torch', 'openvino', 'tensorrt')
 
 def create_runtime(name: str, network: FlowNetwork, *, device: str | torch.device | None = None,
                    threads: int | None = None, precision: str = 'f32',
+                   cache: Path | None = None, workspace_mib: int | None = None,
                    say: Say | None = None) -> Runtime:
     """Return the runtime ``name`` for ``network``, which it takes over (moves to its device).
 
@@ -42,8 +43,10 @@ def create_runtime(name: str, network: FlowNetwork, *, device: str | torch.devic
     frame size are built and have passed their check. ``device`` None is CUDA where it is, but
     the CPU for OpenVINO. ``threads`` None is the runtime's own default. ``precision`` is 'f32',
     for results that agree between runtimes, or 'fast', whatever the machine does fastest.
-    ``say`` is told what happens later (default: the log). Raises ValueError for unknown names
-    and RuntimeUnavailable for what this machine does not have.
+    ``cache`` is the folder of compiled engines (default: ``cache.cache_directory()``) and
+    ``workspace_mib`` the memory TensorRT may try kernels with (default: its own). ``say`` is
+    told what happens later (default: the log). Raises ValueError for unknown names and
+    RuntimeUnavailable for what this machine does not have.
     """
     if name not in RUNTIMES:
         raise ValueError(f'runtime must be one of {", ".join(RUNTIMES)}; seen {name!r}')
@@ -56,7 +59,7 @@ def create_runtime(name: str, network: FlowNetwork, *, device: str | torch.devic
     if name == 'tensorrt':
         chosen = _tensorrt_device(chosen)
         return _with_tensorrt(network, device=chosen, threads=threads, precision=precision,
-                              reason=reason, say=say)
+                              cache=cache, workspace_mib=workspace_mib, reason=reason, say=say)
     if name == 'openvino':
         if chosen is not None and chosen.type != 'cpu':
             raise RuntimeUnavailable(f"runtime 'openvino' runs on the CPU; seen device "
@@ -64,7 +67,7 @@ def create_runtime(name: str, network: FlowNetwork, *, device: str | torch.devic
         if find_spec('openvino') is None:
             raise RuntimeUnavailable("runtime 'openvino' needs the package openvino, which is "
                                      "not installed: pip install openvino, or use 'torch'")
-        return _on_cpu(network, threads=threads, precision=precision, reason=reason)
+        return _on_cpu(network, threads=threads, precision=precision, cache=cache, reason=reason)
     if chosen is None:
         chosen = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     return TorchRuntime(network, device=chosen, threads=threads, precision=precision,
@@ -151,7 +154,8 @@ def _tensorrt_device(device: torch.device | None) -> torch.device:
 
 
 def _with_tensorrt(network: FlowNetwork, *, device: torch.device, threads: int | None,
-                   precision: str, reason: str, say: Say | None) -> Runtime:
+                   precision: str, cache: Path | None, workspace_mib: int | None, reason: str,
+                   say: Say | None) -> Runtime:
     """Return torch on CUDA that hands over to TensorRT, per frame size."""
     # Not before they are needed: a node without TensorRT starts without them.
     from flow_ros.runtimes.building import BuildRequest, checked_runtime
@@ -162,27 +166,29 @@ def _with_tensorrt(network: FlowNetwork, *, device: torch.device, threads: int |
     kept = copy.deepcopy(network).eval().to('cpu')
 
     def make(*, height: int, width: int, progress: Callable[[Told], bool]) -> Runtime:
-        return checked_runtime(kept, BuildRequest(size=(width, height), precision=precision),
-                               device=device, progress=progress, reason=reason,
-                               say=handover.say)
+        request = BuildRequest(size=(width, height), precision=precision,
+                               workspace_mib=workspace_mib)
+        return checked_runtime(kept, request, device=device, progress=progress, reason=reason,
+                               cache=EngineCache(cache, handover.say), say=handover.say)
 
     def torch_runtime() -> Runtime:
         return TorchRuntime(network, device=device, threads=threads, precision=precision,
                             reason='until TensorRT is ready')
 
     def cpu_runtime() -> Runtime:
-        return _on_cpu(copy.deepcopy(kept), threads=threads, precision=precision,
+        return _on_cpu(copy.deepcopy(kept), threads=threads, precision=precision, cache=cache,
                        reason='CUDA has failed')
 
     handover = Handover(serving=[torch_runtime, cpu_runtime], make=make, say=say)
     return handover
 
 
-def _on_cpu(network: FlowNetwork, *, threads: int | None, precision: str,
+def _on_cpu(network: FlowNetwork, *, threads: int | None, precision: str, cache: Path | None,
             reason: str) -> Runtime:
     """Return the best runtime for a CPU."""
     if find_spec('openvino') is not None:
         from flow_ros.runtimes.openvino import OpenVinoRuntime
-        return OpenVinoRuntime(network, threads=threads, precision=precision, reason=reason)
+        return OpenVinoRuntime(network, threads=threads, precision=precision, cache=cache,
+                               reason=reason)
     return TorchRuntime(network, device=torch.device('cpu'), threads=threads,
                         precision=precision, reason=reason)

@@ -44,9 +44,10 @@ class OpenVinoRuntime:
     """Runs engines compiled by OpenVINO on the CPU.
 
     An engine is compiled when it is first called with a shape (seconds); the compiled model
-    goes to the cache (see ``cache_directory``). Tensors are handed over without a copy where
-    they are contiguous, and every call writes into memory of its own, so no act copies what
-    the one before it computed. The network's parameters take no gradients afterwards.
+    goes to the folder ``cache`` (default: ``cache_directory()``). Tensors are handed over
+    without a copy where they are contiguous, and every call writes into memory of its own, so
+    no act copies what the one before it computed. The network's parameters take no gradients
+    afterwards.
 
     ``arithmetic`` is what convolutions and products are computed in: 'f32', or, with precision
     'fast', what OpenVINO finds fastest here ('bf16' where the CPU has it, 'f16' on some ARM,
@@ -56,7 +57,7 @@ class OpenVinoRuntime:
     name = 'openvino'
 
     def __init__(self, network: FlowNetwork, *, threads: int | None = None,
-                 precision: str = 'f32', reason: str = '') -> None:
+                 precision: str = 'f32', cache: Path | None = None, reason: str = '') -> None:
         self.device = torch.device('cpu')
         self.reason = reason
         self.precision = precision
@@ -68,7 +69,7 @@ class OpenVinoRuntime:
                                         'INFERENCE_PRECISION_HINT': self.arithmetic}
         if threads is not None:
             self._config['INFERENCE_NUM_THREADS'] = threads
-        directory = _writable(cache_directory() / 'openvino')
+        directory = _writable((cache or cache_directory()) / 'openvino')
         if directory is not None:
             self._config['CACHE_DIR'] = str(directory)
         self._engines: OrderedDict[tuple[str, Signature], _Engine] = OrderedDict()
