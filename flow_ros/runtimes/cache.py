@@ -139,6 +139,16 @@ class EngineCache:
         """Return where the plan of ``key`` is or would be."""
         return self.directory / 'engines' / key.digest
 
+    def writable(self) -> bool:
+        """Tell whether a file can be written here now."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.directory / 'writable', b'\n', durable=False)
+            (self.directory / 'writable').unlink()
+        except OSError:
+            return False
+        return True
+
     def get(self, key: PlanKey, *, title: str = 'engine', quiet: bool = False) -> bytes | None:
         """Return the plan of ``key``, or None where there is none that can be trusted.
 
@@ -210,7 +220,9 @@ class EngineCache:
         path = self.directory / 'records' / kind / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, hashlib.sha256(data).hexdigest().encode() + b'\n' + data)
+            # A power cut may damage it: then its sha256 tells.
+            write_atomically(path, hashlib.sha256(data).hexdigest().encode() + b'\n' + data,
+                             durable=False)
         except OSError as error:
             self._records[kind, name] = data
             self._warn(error, f'{kind} {name} is')
@@ -316,22 +328,25 @@ def log_it(level: str, text: str) -> None:
     _log.log(logging.WARNING if level == 'warning' else logging.INFO, '%s', text)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write ``data`` so that ``path`` is the old file or the new one, whatever happens.
 
-    Also after a power cut: the content is on the disk before the name is. Raises OSError, and
-    then leaves nothing behind.
+    If ``durable``, also after a power cut: the content is on the disk before the name is.
+    Raises OSError, and then leaves nothing behind.
     """
     temporary = path.with_name(f'{path.name}.{uuid.uuid4().hex[:8]}.part')
     try:
         with temporary.open('xb') as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:  # Ctrl-C too
         _remove(temporary)
         raise
+    if not durable:
+        return
     try:
         folder = os.open(path.parent, os.O_RDONLY)
         try:

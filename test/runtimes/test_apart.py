@@ -1,0 +1,113 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Work in a process of its own: what it tells, and the ways it can end."""
+
+import os
+import textwrap
+import time
+
+import pytest
+
+from flow_ros.runtimes.apart import ChildDied, run_apart
+
+WORKERS = """
+    import os, signal, sys, time
+    from flow_ros.runtimes.apart import serve_job
+
+    def work(job, tell):
+        print('a library prints')
+        os.write(1, b'so does C++\\n')
+        tell({'pid': os.getpid(), 'job': job})
+        if job['way'] == 'dies':
+            print('out of luck', file=sys.stderr)
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if job['way'] == 'raises':
+            raise RuntimeError('out of luck')
+        if job['way'] == 'hangs':
+            time.sleep(60)
+
+    def main():
+        serve_job(work)
+"""
+
+
+@pytest.fixture
+def workers(tmp_path, monkeypatch) -> str:
+    (tmp_path / 'some_workers.py').write_text(textwrap.dedent(WORKERS))
+    monkeypatch.syspath_prepend(tmp_path)
+    return 'some_workers'
+
+
+def run(module: str, way: str, go_on=lambda: True) -> list[dict]:
+    told: list[dict] = []
+    run_apart(module, {'way': way, 'text': 'ä\n'}, go_on=go_on,
+              on_message=lambda message: not told.append(message))
+    return told
+
+
+def test_messages_come_through_whatever_is_printed(workers) -> None:
+    message, = run(workers, 'works')
+    assert message['job'] == {'way': 'works', 'text': 'ä\n'}
+    assert message['pid'] != os.getpid()
+
+
+@pytest.mark.parametrize(('way', 'how'), [
+    ('dies', 'ended by SIGSEGV: out of luck'),
+    ('raises', 'status 1: RuntimeError: out of luck')])
+def test_the_end_of_a_process_is_told(workers, way, how) -> None:
+    with pytest.raises(ChildDied, match=how):
+        run(workers, way)
+
+
+def test_a_module_that_is_not_there(workers) -> None:
+    with pytest.raises(ChildDied, match="status 1: ModuleNotFoundError: No module named 'none'"):
+        run('none', 'works')
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_it_is_ended_when_it_is_not_wanted_any_more(workers) -> None:
+    pids: list[int] = []
+
+    def first(message: dict) -> bool:
+        pids.append(message['pid'])
+        return True
+
+    run_apart(workers, {'way': 'hangs'}, on_message=first, go_on=lambda: not pids)
+    assert pids and not alive(pids[0])
+
+
+def test_it_ends_with_the_one_that_started_it(workers, tmp_path) -> None:
+    """Also if that one is killed, and cannot say so."""
+    child = os.fork()
+    if child == 0:
+        def killed(message: dict) -> None:
+            (tmp_path / 'pid').write_text(str(message['pid']))
+            os.kill(os.getpid(), 9)
+
+        run_apart(workers, {'way': 'hangs'}, on_message=killed, go_on=lambda: True)
+    os.waitpid(child, 0)
+    pid = int((tmp_path / 'pid').read_text())
+    for _ in range(200):
+        if not alive(pid):
+            return
+        time.sleep(0.05)
+    pytest.fail(f'process {pid} is still there')
