@@ -33,6 +33,7 @@ import torch
 from flow_ros.networks import create, WeightsError
 from flow_ros.networks.base import FlowNetwork
 from flow_ros.runtimes import create_runtime, RuntimeUnavailable
+from flow_ros.runtimes.handover import best_runtime
 from flow_ros.sources import parse_size
 from flow_ros.streaming import Budget, FlowEstimator
 from flow_ros.synthetic import SyntheticSequence
@@ -53,10 +54,11 @@ def network_for_timing(name: str) -> FlowNetwork:
 def measure(runtime: str, precision: str, options: argparse.Namespace,
             frames: list[np.ndarray]) -> dict[str, object]:
     """Time one runtime over the frames."""
-    made = create_runtime(runtime, network_for_timing(options.network),
-                          threads=options.threads, precision=precision)
-    estimator = FlowEstimator(runtime=made, budget=Budget(iterations=options.iterations))
     height, width = frames[0].shape[:2]
+    made = best_runtime(create_runtime(runtime, network_for_timing(options.network),
+                                       threads=options.threads, precision=precision),
+                        height, width)
+    estimator = FlowEstimator(runtime=made, budget=Budget(iterations=options.iterations))
     estimator.prepare(height, width)
     total, acts, cold = [], [], 0
     for index, frame in enumerate(frames):

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from flow_ros.evaluation.metrics import correct, endpoint_error
 from flow_ros.networks import create
 from flow_ros.runtimes import create_runtime
+from flow_ros.runtimes.handover import best_runtime
 from flow_ros.sources import parse_size
 from flow_ros.streaming import Budget, FlowEstimator
 from flow_ros.synthetic.camera import develop
@@ -58,7 +59,9 @@ def main() -> None:
     parser.add_argument('--runtime', default='auto')
     options = parser.parse_args()
     width, height = parse_size(options.size)
-    runtime = create_runtime(options.runtime, create(options.network, options.weights))
+    runtime = best_runtime(create_runtime(options.runtime, create(options.network,
+                                                                  options.weights)),
+                           height, width)
     world = World(seed=options.seed, config=WorldConfig(
         objects=(2, 9), largest_motion_px=options.motion_px, driving=0.35, flying=0.15))
     rows: dict[tuple[bool, int], list[tuple[float, float, float, float]]] = {

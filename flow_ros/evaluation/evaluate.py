@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and reading a table needs no
     from torch import Tensor
 
     from flow_ros.networks.base import Call, FlowNetwork, FlowOutput
+    from flow_ros.runtimes import Runtime
 
 ByteArray = NDArray[np.uint8]
 FloatArray = NDArray[np.float32]
@@ -114,17 +115,21 @@ def network_estimator(network: 'FlowNetwork', *, iterations: int | None = None,
     """
     import torch
 
-    call: Call | None = None
-    parameter = next(network.parameters(), None)
-    device = torch.device('cpu') if parameter is None else parameter.device
+    made: Runtime | None = None
     if runtime != 'torch':
         from flow_ros.runtimes import create_runtime
         made = create_runtime(runtime, network)
-        call = made.call
-        # OpenVINO has names of its own for devices; its tensors are the processor's.
-        device = torch.device('cuda' if str(made.device).startswith('cuda') else 'cpu')
 
-    def to_tensor(image: ByteArray) -> 'Tensor':
+    def of_size(height: int, width: int) -> 'tuple[FlowNetwork, torch.device, Call | None]':
+        """Return what runs a pair of this size: never what serves while engines are built."""
+        if made is not None:
+            from flow_ros.runtimes.handover import best_runtime
+            best = best_runtime(made, height, width)
+            return best.network, best.device, best.call
+        parameter = next(network.parameters(), None)
+        return network, torch.device('cpu') if parameter is None else parameter.device, None
+
+    def to_tensor(image: ByteArray, device: torch.device) -> 'Tensor':
         tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return tensor[None].to(device, torch.float32)
 
@@ -132,14 +137,16 @@ def network_estimator(network: 'FlowNetwork', *, iterations: int | None = None,
         return None if tensor is None else tensor[0, 0].float().cpu().numpy()
 
     def estimator(image1: ByteArray, image2: ByteArray) -> Estimate:
+        runs, device, call = of_size(*image1.shape[:2])
         was_training = network.training
         network.eval()
         try:
             # Not inference mode, in which runtimes cannot trace; without TF32, as they are, so
             # that the numbers are those of any machine.
             with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                output = estimate_pair(network, to_tensor(image1), to_tensor(image2),
-                                       iterations=iterations, call=call)
+                output = estimate_pair(runs, to_tensor(image1, device),
+                                       to_tensor(image2, device), iterations=iterations,
+                                       call=call)
                 flow = output.flow[0].float().permute(1, 2, 0).cpu().numpy()
                 return Estimate(flow, to_map(output.confidence), to_map(output.occlusion))
         finally:

@@ -357,6 +357,18 @@ class Handover:
         return ''
 
 
+def best_runtime(runtime: Runtime, height: int, width: int) -> Runtime:
+    """Return the best that ``runtime`` will have for a frame size; waits for its making.
+
+    For what measures a runtime: one that serves meanwhile is not it.
+    """
+    if not isinstance(runtime, Handover):
+        return runtime
+    runtime.at(height, width)
+    runtime.wait()
+    return runtime.at(height, width)
+
+
 def describe(runtime: Runtime) -> str:
     """Return a runtime in words: 'torch on cuda:0'."""
     return f'{runtime.name} on {runtime.device}'

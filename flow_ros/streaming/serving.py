@@ -15,6 +15,7 @@
 """Which runtime does a frame, and what becomes of the frame when that runtime fails."""
 
 from dataclasses import replace
+import math
 
 import torch
 from torch import Tensor
@@ -71,16 +72,18 @@ class Serving:
 def checked(output: FlowOutput, runtime: Runtime) -> FlowOutput:
     """Return ``output`` in float32; raise EngineFault where it has NaN or infinite values.
 
-    The check is one sum per map, into which every such value goes.
+    The check is one sum, into which every such value goes, and one wait for the device.
     """
-    maps = {'flow': output.flow, 'confidence': output.confidence,
-            'occlusion': output.occlusion}
-    for name, values in maps.items():
-        if values is not None and not bool(torch.isfinite(values.sum(dtype=torch.float32))):
-            bad = int((~torch.isfinite(values)).sum())
-            raise EngineFault(f'{describe(runtime)}: the {name} of {runtime.network.name} is '
-                              f'not finite: {bad} of {values.numel()} values; expected none: '
-                              f'are the weights in order?')
+    named = {'flow': output.flow, 'confidence': output.confidence, 'occlusion': output.occlusion}
+    maps = {name: values for name, values in named.items() if values is not None}
+    total = torch.stack([values.sum(dtype=torch.float32) for values in maps.values()]).sum()
+    if not math.isfinite(float(total)):
+        bad = {name: int((~torch.isfinite(values)).sum()) for name, values in maps.items()}
+        seen = ', '.join(f'{count} of {maps[name].numel()} values of its {name}'
+                         for name, count in bad.items() if count)
+        raise EngineFault(f'{describe(runtime)}: what {runtime.network.name} gave is not finite: '
+                          f'{seen or "the sum of all values"}; expected none: are the weights '
+                          f'in order?')
     return replace(output, flow=output.flow.float(), confidence=_float(output.confidence),
                    occlusion=_float(output.occlusion))
 

@@ -115,7 +115,7 @@ def test_frames_are_answered_during_a_build_and_across_the_swap(world):
 
 
 @pytest.mark.parametrize(('fault', 'size', 'words'), [
-    ('nan', (144, 96), 'the flow of dip_rt is not finite: 2 of 27648 values'),
+    ('nan', (144, 96), 'what dip_rt gave is not finite: 2 of 27648 values of its flow'),
     ('raise', (160, 96), 'TensorRT 10.3: enqueue failed on step_8')])
 def test_an_engine_that_goes_bad_is_one_warning_and_no_flow_is_lost(world, fault, size, words):
     since = len(world.process.lines)

@@ -21,7 +21,7 @@ import torch
 
 from flow_ros.networks.base import FlowNetwork
 from flow_ros.runtimes.base import run_loop
-from flow_ros.runtimes.handover import EngineRefused, Handover
+from flow_ros.runtimes.handover import best_runtime, EngineRefused, Handover
 
 VGA, QVGA = (480, 640), (240, 320)
 
@@ -279,6 +279,13 @@ def test_the_first_runtime_is_made_at_once_and_its_errors_are_the_callers(worksh
         Handover(serving=[missing], make=workshop)
     with pytest.raises(ValueError, match='at least one'):
         Handover(serving=[], make=workshop)
+
+
+def test_the_best_is_waited_for(make, workshop):
+    engine, plain = Fake('tensorrt'), Fake('torch')
+    workshop.orders.put(engine)
+    assert best_runtime(make(), *VGA) is engine
+    assert best_runtime(plain, *VGA) is plain
 
 
 def test_many_threads_share_one(make, workshop):

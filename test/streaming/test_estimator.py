@@ -398,8 +398,8 @@ def test_nan_does_not_stay_in_the_stream():
     flow = estimator(network=Failing())
     flow(pan(0), 0.0)
     flow.network.fault = 'nan'
-    with pytest.raises(EngineFault, match='torch on cpu: the flow of block_matching is not '
-                                          'finite: 76800 of 76800 values'):
+    with pytest.raises(EngineFault, match='torch on cpu: what block_matching gave is not '
+                                          'finite: 76800 of 76800 values of its flow'):
         flow(pan(1), DT)
     flow.network.fault = ''
     for k, dx in ((2, -16), (3, -8)):  # the bad frame is as one that was dropped
@@ -481,6 +481,16 @@ def test_dip_rt_streams(runtime, tmp_path, monkeypatch):
     assert np.abs(first.occlusion_probability
                   - expected.occlusion[0, 0].numpy()).max() < 1e-3
     assert results[2].backward.flow.shape == (160, 240, 2)
+
+
+def test_compiled_engines_are_kept_in_the_folder_asked_for(tmp_path, monkeypatch):
+    pytest.importorskip('openvino', reason='OpenVINO is not installed')
+    monkeypatch.setenv('FLOW_ROS_CACHE', str(tmp_path / 'usual'))
+    flow = estimator(network=create('dip_rt', hidden=8), runtime='openvino',
+                     engine_cache=tmp_path / 'mine')
+    flow.prepare(48, 64)
+    assert list((tmp_path / 'mine').rglob('*.blob'))
+    assert not (tmp_path / 'usual').exists()
 
 
 def decided_hd3(**options):

@@ -207,9 +207,9 @@ def test_half_features_and_maps_come_out_as_float32(make_world):
 
 
 @pytest.mark.parametrize(('fault', 'words'), [
-    ('nan', 'the flow of block_matching is not finite: 2 of 76800 values'),
-    ('inf', 'the flow of block_matching is not finite: 2 of 76800 values'),
-    ('confidence', 'the confidence of block_matching is not finite: 1 of 38400 values'),
+    ('nan', 'what block_matching gave is not finite: 2 of 76800 values of its flow'),
+    ('inf', 'what block_matching gave is not finite: 2 of 76800 values of its flow'),
+    ('confidence', 'what block_matching gave is not finite: 1 of 38400 values of its confidence'),
     ('raise', 'enqueue failed on step_8'),
     ('shape', 'no plan for (1, 64, 10, 15)')])
 def test_an_engine_that_goes_bad_is_one_message_and_no_flow_is_lost(make_world, fault, words):
