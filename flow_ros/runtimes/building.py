@@ -467,23 +467,25 @@ class _Job:
         self.cache = cache
         self.builder = builder
         self.exporter = exporter
-        self.multiple = 1
-        self.plans: dict[str, bytes] = {}
-        self.records: dict[str, EngineRecord] = {}
         # On the CPU, in the usual layout: the export must not depend on where the network is.
         self.exported = prepared(network, request.precision).to('cpu')
         self.exported.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        width, height = request.usual_size
+        self.acts = record_acts(self.exported, width=width, height=height,
+                                dynamic=request.dynamic)
+        self.multiple = multiple_of(self.acts)
+        self.inputs = _export_inputs(network, request)
+        self.plans: dict[str, bytes] = {}
+        self.records: dict[str, EngineRecord] = {}
 
     def complete(self) -> bool:
         """Tell whether every plan is in the cache; says nothing about those that are not."""
-        inputs = _export_inputs(self.network, self.request)
-        return not any(self._look_up(act, inputs, quiet=True) for act in self._acts())
+        return not any(self._look_up(act, quiet=True) for act in self.acts)
 
     def kept_by(self, cache: EngineCache, engines: BuiltEngines) -> BuiltEngines:
         """Give to ``cache`` what came by another one; return the engines as it has them."""
-        inputs = _export_inputs(self.network, self.request)
         for act, record in zip(engines.acts, engines.records):
-            cache.put_record('exports', _export_digest(act, inputs),
+            cache.put_record('exports', _export_digest(act, self.inputs),
                              record.key.onnx_sha256.encode())
             cache.put(record.key, engines.plans[act.name], {'network': self.network.name},
                       title=self._title(act))
@@ -493,9 +495,7 @@ class _Job:
     def run(self, progress: Progress | None) -> BuiltEngines:
         """Look everything up, then build what is missing."""
         start = time.monotonic()
-        acts = self._acts()
-        inputs = _export_inputs(self.network, self.request)
-        todo = [each for each in (self._look_up(act, inputs) for act in acts) if each]
+        todo = [each for each in map(self._look_up, self.acts) if each]
         pace = _Pace([each.act.name for each in todo], progress)
         try:
             for index, each in enumerate(todo):
@@ -508,23 +508,16 @@ class _Job:
             raise
         if todo:
             pace.done()
-        return BuiltEngines(acts=acts, plans={act.name: self.plans[act.name] for act in acts},
-                            records=tuple(self.records[act.name] for act in acts),
+        return BuiltEngines(acts=self.acts,
+                            plans={act.name: self.plans[act.name] for act in self.acts},
+                            records=tuple(self.records[act.name] for act in self.acts),
                             installation=self.installation, gpu=self.gpu,
                             seconds=time.monotonic() - start)
 
-    def _acts(self) -> tuple[Act, ...]:
-        width, height = self.request.usual_size
-        acts = record_acts(self.exported, width=width, height=height,
-                           dynamic=self.request.dynamic)
-        self.multiple = multiple_of(acts)
-        return acts
-
-    def _look_up(self, act: Act, inputs: Mapping[str, object], *,
-                 quiet: bool = False) -> _Todo | None:
+    def _look_up(self, act: Act, *, quiet: bool = False) -> _Todo | None:
         """Take the plan from the cache, or return what is to be done for it."""
         title = self._title(act)
-        export = _export_digest(act, inputs)
+        export = _export_digest(act, self.inputs)
         model = self.cache.get_record('exports', export)
         if model is None:
             return _Todo(act, title, export, None)

@@ -22,6 +22,7 @@ import torch
 
 from flow_ros.networks import create
 from flow_ros.networks.base import FlowNetwork
+from flow_ros.runtimes.acts import Act, record_acts
 from flow_ros.runtimes.building import (
     build_engines,
     BuildRequest,
@@ -36,6 +37,17 @@ ACTS = ['encode', 'step_16', 'step_8', 'finish']
 REQUEST = BuildRequest(size=(128, 96))
 TENSORRT = Installation('tensorrt', '10.16.1')
 ORIN = Gpu('Orin', '8.7')
+
+
+_acts: dict[Any, tuple[Act, ...]] = {}
+
+
+def remembered_acts(network: FlowNetwork, **keywords: Any) -> tuple[Act, ...]:
+    """Return the acts of dip_rt; to work them out takes longer than all else in these tests."""
+    key = (*(tensor.dtype for tensor in network.state_dict().values()), *keywords.items())
+    if key not in _acts:
+        _acts[key] = record_acts(network, **keywords)
+    return _acts[key]
 
 
 class Said(list):

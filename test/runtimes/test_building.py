@@ -25,7 +25,17 @@ import sys
 import textwrap
 from typing import Any
 
-from building_tools import ACTS, build, network, ORIN, REQUEST, Said, TENSORRT, Tools
+from building_tools import (
+    ACTS,
+    build,
+    network,
+    ORIN,
+    remembered_acts,
+    REQUEST,
+    Said,
+    TENSORRT,
+    Tools,
+)
 import pytest
 import torch
 
@@ -53,9 +63,10 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def no_fsync(monkeypatch) -> None:
-    """What is written to these disks need not survive a power cut."""
+def quickly(monkeypatch) -> None:
+    """What is written here need not survive a power cut."""
     monkeypatch.setattr('flow_ros.runtimes.cache.os.fsync', lambda handle: None)
+    monkeypatch.setattr(building, 'record_acts', remembered_acts)
 
 
 @pytest.fixture
