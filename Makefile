@@ -4,6 +4,8 @@
 #   make test    all the tests          TESTS=test/run   one part of them
 #   make lint    style and types        make types       types alone
 #   make bench   what is claimed about speed and accuracy
+#   make gpu-check   all that waits for a GPU   MINUTES=9
+#   make test-3.10   the tests that need no torch, on Python 3.10
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +23,7 @@ RUN_OPTIONS = \
 
 TESTS ?= test
 
-.PHONY: help setup run test lint types bench clean
+.PHONY: help setup run test test-3.10 lint types bench gpu-check clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -38,6 +40,10 @@ run: setup
 test: setup
 	$(BIN)/python -m pytest $(TESTS)
 
+# Skips itself, and says so, where there is no Python 3.10.
+test-3.10:
+	.ci/python310
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -47,6 +53,13 @@ types: setup
 
 bench: setup
 	@for file in $(sort $(wildcard bench/*.py)); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+
+# Without `setup`: a machine that is lent for minutes may have torch and no network.
+gpu-check:
+	@mkdir -p out
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu_check.py \
+		$(if $(MINUTES),--minutes '$(MINUTES)') --json out/gpu_check.json \
+		--markdown out/gpu_check.md
 
 clean:
 	rm -rf build install log out .mypy_cache .pytest_cache .ruff_cache
