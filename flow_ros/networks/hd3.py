@@ -502,7 +502,8 @@ class HD3(FlowNetwork):
     Engines: ``encode`` (image) -> five feature maps, coarse to fine; ``step0`` (features_a,
     features_b, offset) and ``step1`` ... ``step4`` (features_a, features_b, flow, up-feature)
     -> (flow in level px, window probability, logits, and up-feature but for the last). With
-    flow cues all but the features have both directions stacked on the batch, forward first.
+    flow cues these are one more input, and all but the features have both directions stacked on
+    the batch, forward first.
     """
 
     name = 'hd3'
@@ -513,8 +514,8 @@ class HD3(FlowNetwork):
     engines = ('encode', 'step0', 'step1', 'step2', 'step3', 'step4')
     tensor_names = {
         'encode': (('image',), tuple(f'features_{level}' for level in LEVELS)),
-        'step0': (('features_a', 'features_b', 'offset'), _STEP_OUTPUTS),
-        **{f'step{index}': (('features_a', 'features_b', 'flow', 'up'), _STEP_OUTPUTS)
+        'step0': (('features_a', 'features_b', 'offset', 'cues'), _STEP_OUTPUTS),
+        **{f'step{index}': (('features_a', 'features_b', 'flow', 'up', 'cues'), _STEP_OUTPUTS)
            for index in range(1, len(LEVELS))}}
 
     mean: Tensor
@@ -563,30 +564,30 @@ class HD3(FlowNetwork):
         kind = next(self.encoder.parameters()).dtype
         return cast(tuple[Tensor, ...], self.encoder(normalised.to(kind)))
 
-    def step0_engine(self, features_a: Tensor, features_b: Tensor,
-                     offset: Tensor) -> tuple[Tensor, ...]:
+    def step0_engine(self, features_a: Tensor, features_b: Tensor, offset: Tensor,
+                     *cues: Tensor) -> tuple[Tensor, ...]:
         """Do the level 1/64 from ``offset``, px of this level."""
-        return self._level(0, *self._directions(features_a, features_b), offset)
+        return self._level(0, *self._directions(features_a, features_b), offset, None, *cues)
 
     def step1_engine(self, features_a: Tensor, features_b: Tensor, flow: Tensor,
-                     up: Tensor) -> tuple[Tensor, ...]:
+                     up: Tensor, *cues: Tensor) -> tuple[Tensor, ...]:
         """Do the level 1/32."""
-        return self._level(1, *self._directions(features_a, features_b), flow, up)
+        return self._level(1, *self._directions(features_a, features_b), flow, up, *cues)
 
     def step2_engine(self, features_a: Tensor, features_b: Tensor, flow: Tensor,
-                     up: Tensor) -> tuple[Tensor, ...]:
+                     up: Tensor, *cues: Tensor) -> tuple[Tensor, ...]:
         """Do the level 1/16."""
-        return self._level(2, *self._directions(features_a, features_b), flow, up)
+        return self._level(2, *self._directions(features_a, features_b), flow, up, *cues)
 
     def step3_engine(self, features_a: Tensor, features_b: Tensor, flow: Tensor,
-                     up: Tensor) -> tuple[Tensor, ...]:
+                     up: Tensor, *cues: Tensor) -> tuple[Tensor, ...]:
         """Do the level 1/8."""
-        return self._level(3, *self._directions(features_a, features_b), flow, up)
+        return self._level(3, *self._directions(features_a, features_b), flow, up, *cues)
 
     def step4_engine(self, features_a: Tensor, features_b: Tensor, flow: Tensor,
-                     up: Tensor) -> tuple[Tensor, ...]:
+                     up: Tensor, *cues: Tensor) -> tuple[Tensor, ...]:
         """Do the level 1/4."""
-        return self._level(4, *self._directions(features_a, features_b), flow, up)
+        return self._level(4, *self._directions(features_a, features_b), flow, up, *cues)
 
     def _directions(self, features_a: Tensor, features_b: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features of both frames, of both directions where the cues need them."""
@@ -594,28 +595,43 @@ class HD3(FlowNetwork):
             return features_a, features_b
         return (torch.cat([features_a, features_b]), torch.cat([features_b, features_a]))
 
-    def _level(self, level: int, features_a: Tensor, features_b: Tensor, flow: Tensor,
-               up: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Return flow (level px, float32), window probability, logits and up-feature.
+    def _entering(self, level: int, flow: Tensor, features: Tensor) -> Tensor:
+        """Return the flow that ``level`` starts from, on the grid of its ``features``.
 
-        ``flow`` is that of the level before; at level 0 the offset, on the level's own grid.
+        ``flow`` is that of the level before; at level 0 the offset, which has this grid.
         """
-        config = self.config
-        if up is not None:
-            height, width = features_a.shape[-2:]
+        if level > 0:
+            height, width = features.shape[-2:]
             flow = 2 * functional.interpolate(flow, size=(height, width), mode='bilinear',
                                               align_corners=True)
-        if config.stop_gradients:
-            flow = flow.detach()
+        return flow.detach() if self.config.stop_gradients else flow
+
+    def _cues(self, level: int, flow: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+        """Return the cues of ``level``, an input of its engine; () of a network without.
+
+        Not in the engine: they scatter, which compiled engines cannot or do wrongly.
+        """
+        if not self.config.cues:
+            return ()
+        flow = self._entering(level, flow, features)
+        return (flow_cues(flow, torch.cat(flow.chunk(2)[::-1])),)
+
+    def _level(self, level: int, features_a: Tensor, features_b: Tensor, flow: Tensor,
+               up: Tensor | None = None, cues: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Return flow (level px, float32), window probability, logits and up-feature.
+
+        ``flow`` and ``cues`` are what ``_entering`` and ``_cues`` say.
+        """
+        config = self.config
+        flow = self._entering(level, flow, features_a)
         volume = sampled_cost_volume if config.cost == 'sample' else warped_cost_volume
         cost = volume(features_a, features_b, flow, config.radius, measure=config.measure)
         kind = features_a.dtype  # of the decoder: the flow is float32 whatever that is
         inputs = [self.get_submodule(f'cost_bn_{level}')(cost.to(kind))]
         if up is not None:
             inputs += [features_a, up.to(kind), flow.to(kind)]
-        if config.cues:
-            other = torch.cat(flow.chunk(2)[::-1])
-            inputs.append(flow_cues(flow, other).to(kind))
+        if cues is not None:
+            inputs.append(cues.to(kind))
         # (N, 81 + features + 81 + 2 + cues, h, w); at level 0 cost and cues alone
         logits, *rest = self.get_submodule(f'Decoder_{level}')(_joined(inputs))
         residual, probability = density_to_vector(logits.float())
@@ -666,10 +682,11 @@ class HD3(FlowNetwork):
         level = state.schedule[0].level
         index = LEVELS.index(level)
         flow, *rest = state.memory
+        features = state.features_a.tensors[index]
         # Of the level before, all but its up-feature has served.
         results = (call or self.engine)(
-            f'step{index}', state.features_a.tensors[index], state.features_b.tensors[index],
-            flow, *rest[2:])
+            f'step{index}', features, state.features_b.tensors[index], flow, *rest[2:],
+            *self._cues(index, flow, features))
         return state.advanced(level=level, flow=results[0][:state.flow.shape[0]],
                               memory=tuple(results))
 
@@ -766,7 +783,8 @@ class HD3(FlowNetwork):
             # The stacked maps are those of frame a in the forward direction, then of frame a
             # in the backward one; exchanging the halves gives those of frame b.
             pair = ((maps, maps.roll(batch, 0)) if both else (maps[:batch], maps[batch:]))
-            flow, probability, level_logits, *rest = self._level(index, *pair, flow, *rest)
+            flow, probability, level_logits, *rest = self._level(
+                index, *pair, flow, rest[0] if rest else None, *self._cues(index, flow, maps))
             logits.append(level_logits)
             vectors.append(flow * level)
             confidences.append(probability)

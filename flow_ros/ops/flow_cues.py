@@ -19,7 +19,7 @@ supplement that is not available, so those here are this project's definitions. 
 (B, 2, h, w) in px of their own grid; the cues are those of image 1.
 
 The reverse flow and the map's uniqueness need a scatter (``index_add``), which some engines do
-not have or run slowly: the cues belong in a graph for export only if the network asks for them.
+not have or run slowly: the cues are computed in torch and given to an engine as an input.
 Gradients pass into the flows unless the caller detaches them.
 """
 
