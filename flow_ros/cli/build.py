@@ -182,19 +182,19 @@ def _request(options: argparse.Namespace) -> 'BuildRequest':
 
 @contextmanager
 def _shown(messages: 'Console') -> Iterator['Progress']:
-    """Yield what shows the progress: a bar on a terminal, else a line every few seconds."""
+    """Yield what shows the progress: a bar on a terminal, else a line now and then."""
     from rich.progress import BarColumn, Progress, TextColumn
 
-    said = -_LINE_EVERY_S
+    said, act = 0.0, ''
     with Progress(BarColumn(), TextColumn('{task.description}', markup=False), console=messages,
                   transient=True, disable=not messages.is_terminal) as bar:
         task = bar.add_task('', total=1.0)
 
         def progress(seen: 'EngineProgress') -> bool:
-            nonlocal said
+            nonlocal said, act
             bar.update(task, completed=seen.fraction, description=seen.text)
-            if bar.disable and time.monotonic() - said >= _LINE_EVERY_S:
-                said = time.monotonic()
+            if bar.disable and (seen.act != act or time.monotonic() - said >= _LINE_EVERY_S):
+                said, act = time.monotonic(), seen.act
                 messages.print(seen.text, markup=False)
             return True
 

@@ -196,6 +196,9 @@ class EngineCache:
             _remove(folder)
             self._warn(error, f'{title} ({_size(len(plan))}) is')
             return False
+        except BaseException:  # Ctrl-C: the next one shall find a clean place
+            _remove(folder)
+            raise
         self._plans.pop(key.digest, None)
         return True
 

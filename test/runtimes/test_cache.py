@@ -342,6 +342,18 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_ctrl_c_while_writing_leaves_a_clean_place(cache, said, monkeypatch) -> None:
+    def interrupted(handle: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr('flow_ros.runtimes.cache.os.fsync', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.put(KEY, PLAN, {}, title=TITLE)
+    assert not cache.folder(KEY).exists()
+    assert cache.get(KEY, title=TITLE) is None and said == []
+
+
 def test_what_is_kept_can_be_listed_and_cleared(cache, said) -> None:
     kept(cache)
     (cache.directory / 'engines' / 'broken').mkdir()
