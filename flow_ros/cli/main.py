@@ -31,6 +31,7 @@ VERBS: Mapping[str, str] = {
     'train': 'train or fine-tune a network',
     'finetune': "adapt a network to one's own robot, from a recording without labels",
     'import-weights': 'make a model of a published checkpoint of DIP or HD3',
+    'export': 'the acts of a network as ONNX files, for engines of your own',
     'build': 'build engines before they are needed, for images and robots',
     'self-test': 'compare what this machine computes with reference outputs',
     'show-data': 'look at the training data: pictures of pairs with flow and occlusion',

@@ -177,13 +177,17 @@ def _size(size: tuple[int, int]) -> str:
     return f'{size[0]}x{size[1]}'
 
 
-def _coarsest(act: Act) -> int:
-    return multiple_of((act,))
+def dims_of(act: Act, spec: TensorSpec, *, dynamic: bool) -> tuple[int | str, ...]:
+    """Return the dims of a tensor as its file has them: names such as ``16*h`` where open."""
+    if not dynamic or spec.px_per_cell is None:
+        return spec.shape
+    times = multiple_of((act,)) // spec.px_per_cell
+    return (*spec.shape[:-2], *(f'{times}*{letter}' if times > 1 else letter for letter in 'hw'))
 
 
 def _open_dims(act: Act) -> tuple[dict[int, Any], ...]:
     """Return which dims of the inputs are open, as torch.export takes them."""
-    coarsest = _coarsest(act)
+    coarsest = multiple_of((act,))
     rows = torch.export.Dim('h', min=FEWEST_CELLS)
     columns = torch.export.Dim('w', min=FEWEST_CELLS)
     dims: list[dict[int, Any]] = []
@@ -237,16 +241,14 @@ def _tidy(model: Any, act: Act, *, dynamic: bool) -> None:
         part.ClearField('metadata_props')
     model.ClearField('model_version')
     model.domain, graph.name = '', act.name
-    coarsest = _coarsest(act)
     for values, specs in ((graph.input, act.inputs), (graph.output, act.outputs)):
         for value, spec in zip(values, specs, strict=True):
             shape = value.type.tensor_type.shape
-            for dim, size in zip(shape.dim, spec.shape, strict=True):
-                dim.dim_value = size
-            if dynamic and spec.px_per_cell is not None:
-                times = coarsest // spec.px_per_cell
-                for dim, letter in zip(shape.dim[-2:], 'hw'):
-                    dim.dim_param = f'{times}*{letter}' if times > 1 else letter
+            for dim, size in zip(shape.dim, dims_of(act, spec, dynamic=dynamic), strict=True):
+                if isinstance(size, str):
+                    dim.dim_param = size
+                else:
+                    dim.dim_value = size
 
 
 def check_onnx(model: bytes, *, name: str) -> None:
