@@ -119,7 +119,12 @@ def _build_tensorrt(network: 'FlowNetwork', options: argparse.Namespace, cache: 
     from flow_ros.runtimes.base import RuntimeUnavailable
     from flow_ros.runtimes.building import build_engines, build_target, gpu_of
     from flow_ros.runtimes.export import ExportError
-    from flow_ros.runtimes.tensorrt import BuildError, find_tensorrt, missing_tensorrt
+    from flow_ros.runtimes.tensorrt import (
+        BuildError,
+        find_tensorrt,
+        missing_tensorrt,
+        refuses_gpu,
+    )
 
     request = _request(options)
     try:
@@ -142,8 +147,10 @@ def _build_tensorrt(network: 'FlowNetwork', options: argparse.Namespace, cache: 
     kept = all(record.folder is not None for record in engines.records)
     print(f'kept in {cache.directory / "engines"}' if kept else
           f'NOT kept: {cache.directory} cannot be written')
-    if device is None:
-        print('not checked: no CUDA device here; a node checks engines before it uses them')
+    why_not = ('no CUDA device here' if device is None else
+               refuses_gpu(torch.cuda.get_device_capability(device)))
+    if device is None or why_not:
+        print(f'not checked: {why_not}; a node checks engines before it uses them')
         return 0 if kept else 1
     return 0 if _check(network, request, device, cache, messages) and kept else 1
 

@@ -624,7 +624,7 @@ class _Pace:
 
     def start(self, index: int) -> None:
         """Begin with an act."""
-        self._index = index
+        self._index, self._phase = index, 'export'
         self._part = time.monotonic()
 
     def exported(self) -> None:
