@@ -274,15 +274,14 @@ class Handover:
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name='engine_maker', daemon=True)
             self._thread.start()
-        self._changed.notify_all()
 
     def _work(self) -> None:
         """Make what is wanted, one size at a time: the one asked for last goes first."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._wanted() is not None)
-                wanted = self._wanted()
-                if self._closing or wanted is None:
+                wanted = None if self._closing else self._wanted()
+                if wanted is None:  # a thread that waited would keep all this alive for ever
+                    self._thread = None
                     return
                 size, entry = wanted
                 entry.building, entry.started = True, self._now()

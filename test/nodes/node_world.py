@@ -188,12 +188,13 @@ class World:
         self.stamp += 100.0
         self._index = 0  # far from the end of the texture, where the picture jumps
         last = self.image(size)
-        for _ in range(60):
+        for attempt in range(30):
             (camera or self.camera).publish(last)
             time.sleep(0.05)  # two at once may overtake each other in a queue of one
             previous, last = last, self.image(size)
             (camera or self.camera).publish(last)
-            if self.wait_answer('info', previous.header.stamp, seconds=1.5):
+            if self.wait_answer('info', previous.header.stamp,
+                                seconds=min(1.5 + 0.5 * attempt, 10.0)):
                 return last
             last = self.image(size)
         pytest.fail('no flow from the node; its log:\n' + '\n'.join(self.process.lines))

@@ -13,8 +13,10 @@
 # limitations under the License.
 
 from dataclasses import dataclass
+import gc
 import queue
 import threading
+import weakref
 
 import pytest
 import torch
@@ -71,6 +73,10 @@ class Workshop:
     def tell(self, text):
         self.orders.put(text)
         return self.answers.get(timeout=20.0)
+
+
+def makers():
+    return [thread for thread in threading.enumerate() if thread.name == 'engine_maker']
 
 
 class Clock:
@@ -257,7 +263,7 @@ def test_close_cancels_what_is_being_made(make, workshop):
     assert workshop.tell('building encode') is False
     ended.join(10.0)
     assert not ended.is_alive()
-    assert not handover._thread.is_alive()
+    assert not makers()
     assert handover.call('encode')[0] == 'torch'
     assert not handover.advance(*QVGA)
     assert workshop.asked.empty(), 'nothing is built after the end'
@@ -269,7 +275,11 @@ def test_a_maker_that_does_not_listen_does_not_hold_the_end(make, workshop):
     handover.advance(*VGA)
     workshop.asked.get(timeout=10.0)
     assert not handover.close(0.05)
-    assert handover._thread.daemon
+    maker, = makers()
+    assert maker.daemon
+    workshop.orders.put(RuntimeError('so late'))
+    maker.join(10.0)
+    assert not maker.is_alive()
 
 
 def test_the_first_runtime_is_made_at_once_and_its_errors_are_the_callers(workshop):
@@ -286,6 +296,19 @@ def test_the_best_is_waited_for(make, workshop):
     workshop.orders.put(engine)
     assert best_runtime(make(), *VGA) is engine
     assert best_runtime(plain, *VGA) is plain
+
+
+def test_nothing_keeps_one_alive_that_nobody_uses(workshop):
+    handover = Handover(serving=[lambda: Fake('torch')], make=workshop)
+    handover.advance(*VGA)
+    workshop.orders.put(Fake('tensorrt'))
+    assert handover.wait(10.0)
+    for maker in makers():
+        maker.join(10.0)
+    forgotten = weakref.ref(handover)
+    del handover
+    gc.collect()
+    assert forgotten() is None
 
 
 def test_many_threads_share_one(make, workshop):
