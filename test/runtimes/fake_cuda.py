@@ -15,7 +15,7 @@
 """CUDA graphs on the CPU, for tests: what is captured is computed only when it is replayed.
 
 As CUDA does, a capture bakes in addresses and all that Python decides, leaves garbage in what
-it returns, and refuses to hand a value to Python.
+it returns, and refuses to hand a value to Python, or Python's values to a tensor.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 WAITS = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
          torch.ops.aten.item.default, torch.ops.aten.is_nonzero.default,
-         torch.ops.aten.equal.default}
+         torch.ops.aten.equal.default,
+         torch.ops.aten.lift_fresh.default}  # torch.tensor and new_tensor: copied from the host
 
 
 class Tape(TorchDispatchMode):
@@ -39,7 +40,9 @@ class Tape(TorchDispatchMode):
         self.kept: list[object] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in WAITS:
+        mask = function is torch.ops.aten.index.Tensor and any(
+            index is not None and index.dtype is torch.bool for index in args[1])
+        if function in WAITS or mask:  # how many a mask has is for Python to know
             raise RuntimeError('operation not permitted when stream is capturing')
         results = function(*args, **(kwargs or {}))
         tensors = _flat(results)

@@ -128,8 +128,10 @@ def test_the_fake_is_faithful(network, device):
     device.replay(tape, [image], [torch.full((3,), 4.0)], outputs)
     assert outputs[0].tolist() == [8, 8, 8]
     assert outputs[1].tolist() == [-5, -5]
-    with pytest.raises(RuntimeError, match='not permitted when stream is capturing'):
-        device.capture(lambda: None, lambda: [image * image.sum().item()])
+    for wrong in (lambda: image * image.sum().item(), lambda: image[image > 0],
+                  lambda: image * image.new_tensor([1.0, 2.0, 3.0])):
+        with pytest.raises(RuntimeError, match='not permitted when stream is capturing'):
+            device.capture(lambda: None, lambda wrong=wrong: [wrong()])
 
 
 def test_results_stay_and_inputs_are_read_at_the_call(network, device):
@@ -292,11 +294,13 @@ def frames(count, height=64, width=96):
             .permute(1, 2, 0).contiguous().numpy() for index in range(count)]
 
 
-@pytest.mark.parametrize('name', ['dip_rt', 'dip', 'hd3', 'mscsl'])
-def test_every_networks_loop_can_be_captured(name, device):
+@pytest.mark.parametrize(('name', 'options'), [
+    ('dip_rt', {}), ('dip', {}), ('hd3', {'encoder': 'vgg', 'context': False}), ('mscsl', {}),
+    ('hd3', {'encoder': 'vgg', 'cost': 'sample', 'radius': 8, 'measure': 'sad', 'cues': True})])
+def test_every_networks_loop_can_be_captured(name, options, device):
     """No step of any network waits for the GPU, and replayed flow is the plain flow."""
     torch.manual_seed(0)
-    network = create(name)
+    network = create(name, None, **options)
     results = []
     for runtime in (TorchRuntime(network, device=torch.device('cpu')), Graphed(network, device)):
         estimator = FlowEstimator(runtime=runtime, outputs=['flow'],
