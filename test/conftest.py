@@ -53,12 +53,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave out files that import what is not installed."""
-    if not config.getoption('--skip-missing') or collection_path.suffix != '.py':
+    if not config.getoption('--skip-missing'):
+        return None
+    if collection_path.is_dir():  # all tests in it stand on its conftest
+        collection_path = collection_path / 'conftest.py'
+    if collection_path.suffix != '.py' or not collection_path.is_file():
         return None
     package = missing_package(collection_path)
     if package is None:
         return None
-    config.stash[LEFT_OUT].setdefault(package, []).append(collection_path.name)
+    config.stash[LEFT_OUT].setdefault(package, []).append(
+        f'{collection_path.parent.name}/{collection_path.name}')
     return True
 
 
@@ -98,11 +103,15 @@ def missing_package(path: Path) -> str | None:
         names = ([alias.name for alias in node.names] if isinstance(node, ast.Import)
                  else [node.module] if isinstance(node, ast.ImportFrom) and node.module else [])
         for name in names:
-            try:
-                importlib.import_module(name)
-            except ModuleNotFoundError as error:
-                package = (error.name or '').partition('.')[0]
-                # A module beside the test, or one of ours, is not for us to judge.
-                if package != OWN and not (path.parent / f'{package}.py').is_file():
-                    return package
+            beside = path.parent / f'{name}.py'
+            if beside.is_file():
+                package = missing_package(beside)
+            else:
+                try:
+                    importlib.import_module(name)
+                    continue
+                except ModuleNotFoundError as error:
+                    package = (error.name or '').partition('.')[0]
+            if package not in (None, OWN):
+                return package
     return None
