@@ -104,7 +104,7 @@ def apart(cache: EngineCache, worker: str, said: Said, given: FlowNetwork | None
           progress: Callable[[EngineProgress], bool] | None = None) -> BuiltEngines:
     return build_engines_apart(network() if given is None else given, REQUEST,
                                installation=TENSORRT, gpu=ORIN, cache=cache, progress=progress,
-                               say=said, worker=worker)
+                               say=said, device=torch.device('cuda'), worker=worker)
 
 
 def test_a_process_of_its_own_that_crashes_is_an_error_and_the_next_one_goes_on(
