@@ -140,7 +140,7 @@ class BuildOptions:
     def flags(self) -> dict[str, str | int | bool | None]:
         """Return all that changes the plan, for the key under which it is kept."""
         return {'strongly_typed': True, 'tf32': self.precision != 'f32', 'device_type': 'GPU',
-                'workspace_mib': self.workspace_mib,
+                'memory': 'user', 'workspace_mib': self.workspace_mib,
                 'optimisation_level': self.optimisation_level}
 
 
@@ -445,6 +445,9 @@ def make_library(api: Any, package: str) -> _Library:
                     installation=Installation(package, str(api.__version__)))
 
 
+_ONE_LOAD = threading.Lock()
+
+
 @functools.cache  # TensorRT takes one logger per process, so there is one of all this
 def _load(package: str) -> _Library:
     """Import ``package``; raises ImportError or OSError where its libraries are missing."""
@@ -468,7 +471,8 @@ def _search() -> tuple[_Library | None, str]:
         if find_spec(package) is None:
             continue
         try:
-            return _load(package), ''
+            with _ONE_LOAD:
+                return _load(package), ''
         except (ImportError, OSError, AttributeError) as error:
             # A package without its libraries, or without what 10.3 has.
             reasons.append(f'{_NAMES[package]} is installed but cannot be used ({error})')
@@ -951,7 +955,8 @@ class _Plan:
             return None
         config.set_execution_context_allocation_strategy(
             self._api.ExecutionContextAllocationStrategy.USER_MANAGED)
-        config.set_runtime_cache(config.create_runtime_cache())
+        self._kernels = config.create_runtime_cache()  # as long as the engine
+        config.set_runtime_cache(self._kernels)
         strategies: Any = getattr(self._api, 'DynamicShapesKernelSpecializationStrategy', None)
         if hasattr(strategies, 'EAGER'):
             config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
