@@ -40,7 +40,8 @@ _NICE = 5
 
 def work(job: Message, tell: Tell) -> None:
     """Build what ``job`` asks for into the cache; errors that have a name are told."""
-    os.nice(_NICE)
+    if hasattr(os, 'nice'):  # not on Windows
+        os.nice(_NICE)
     network = create(job['network'], weights=Path(job['weights']))
     if job['device'] is not None and torch.device(job['device']).index is not None:
         torch.cuda.set_device(job['device'])  # TensorRT builds for the current one

@@ -49,6 +49,8 @@ except ImportError:  # Windows: everything works there, but two processes may bu
 
 FORMAT = 1
 """Of metadata.json; another one is rebuilt."""
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+"""What some network file systems answer."""
 _POLL_S = 0.2
 _SAY_AFTER_S = 1.0
 """A lock that is held this long is held for a build, not for a look."""
@@ -288,7 +290,12 @@ class EngineCache:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 handle = _try_lock(path)
             except OSError as error:
-                self._warn(error, 'engines are')
+                if error.errno in _NO_LOCKS:
+                    self._warn_once(error.errno, f'{self.directory} has no locks '
+                                    f'({_reason(error)}): two processes may build the same '
+                                    f'engine at once; set FLOW_ROS_CACHE to a local folder')
+                else:
+                    self._warn(error, 'engines are')
                 return None
             if handle is not None or fcntl is None:
                 return handle
@@ -314,16 +321,18 @@ class EngineCache:
 
     def _warn(self, error: OSError, what: str) -> None:
         """Say that the cache cannot be written: once per reason, or a node would say it often."""
-        if error.errno in self._warned:
-            return
-        self._warned.add(error.errno)
         room = ''
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             room = f' ({_free(self.directory)})'
-        self.say('warning', f'cannot write to {self.directory}: {_reason(error)}{room}; {what} '
-                             f'kept in memory only, and built again at the next start. Free some '
-                             f'space or make the folder writable, or set FLOW_ROS_CACHE to '
-                             f'another folder')
+        self._warn_once(error.errno, f'cannot write to {self.directory}: {_reason(error)}{room}; '
+                        f'{what} kept in memory only, and built again at the next start. Free '
+                        f'some space or make the folder writable, or set FLOW_ROS_CACHE to '
+                        f'another folder')
+
+    def _warn_once(self, reason: int | None, text: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            self.say('warning', text)
 
 
 def log_it(level: str, text: str) -> None:

@@ -16,6 +16,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+import errno
 import json
 import os
 from pathlib import Path
@@ -315,6 +316,20 @@ def test_threads_exclude_each_other_too(cache) -> None:
     for thread in threads:
         thread.join()
     assert most == [1, 1, 1, 1]
+
+
+def test_a_file_system_without_locks_is_one_warning(cache, said, monkeypatch) -> None:
+    def refuses(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr('flow_ros.runtimes.cache.fcntl.flock', refuses)
+    for name in ('one', 'two'):
+        with cache.lock(name) as held:
+            assert not held
+            kept(cache)
+    level, text = said.one
+    assert level == 'warning' and 'has no locks (No locks available)' in text
+    assert cache.get(KEY) == PLAN
 
 
 def test_records_come_back_whole_or_not_at_all(cache) -> None:
