@@ -307,7 +307,7 @@ def _sad_plainly(own: Tensor, rows: Tensor, first: Tensor, part_x: Tensor, part_
     previous: Tensor | None = None
     for index in range(side):
         values = rows.index_select(0, (taps + index * across).flatten())
-        values = values.view(len(own), side, -1)
+        values = values.view(-1, side, own.shape[2])
         line = values[:, :-1] + (values[:, 1:] - values[:, :-1]) * part_x  # (N, 2r+1, C)
         if previous is not None:
             lines.append((previous + (line - previous) * part_y - own).abs().mean(dim=2))

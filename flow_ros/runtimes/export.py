@@ -102,15 +102,17 @@ def export_act(network: FlowNetwork, act: Act, *, dynamic: bool = False) -> byte
     device = next(network.parameters()).device
     inputs = tuple(torch.zeros(spec.shape, dtype=spec.dtype, device=device)
                    for spec in act.inputs)
-    options: dict[str, Any] = {}
-    if dynamic:
-        options['dynamic_shapes'] = (_open_dims(act),)
     try:
         with _quietly(), torch.inference_mode(False), torch.no_grad():
+            # In two parts: given the module, the exporter would try three ways, the last of
+            # which makes constants of what it does not understand.
+            recorded = torch.export.export(
+                _EngineModule(network, act.engine).eval(), inputs, strict=False,
+                dynamic_shapes=(_open_dims(act),) if dynamic else None)
             program = torch.onnx.export(
-                _EngineModule(network, act.engine).eval(), inputs, dynamo=True,
-                opset_version=OPSET, verbose=False, input_names=[s.name for s in act.inputs],
-                output_names=[s.name for s in act.outputs], **options)
+                recorded, dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=[spec.name for spec in act.inputs],
+                output_names=[spec.name for spec in act.outputs])
     except Exception as error:  # any: the exporter raises its own, torch's and sympy's
         raise ExportError(f'{network.name}: {act.name} cannot be exported by torch '
                           f'{torch.__version__}: {_why(error)}') from error
