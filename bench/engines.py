@@ -59,8 +59,8 @@ from flow_ros.streaming import Budget, FlowEstimator
 from flow_ros.synthetic import SyntheticSequence
 
 FRAME_S = 1 / 30
-WARM_UP = 3
-FEWEST, MOST = 5, 60
+WARM_UP = 2
+FEWEST, MOST = 3, 60
 """Frames that are timed."""
 NETWORKS = ('dip_rt', 'hd3_compact', 'mscsl', 'dip', 'hd3')
 SIZES = ('640x480', '1024x448')
