@@ -32,8 +32,8 @@ def convex_upsample(values: Tensor, mask: Tensor, factor: int) -> Tensor:
     weights = mask.permute(0, 2, 3, 1).reshape(batch, height, width, 9, factor * factor)
     weights = torch.softmax(weights, dim=3)
     padded = functional.pad(values, (1, 1, 1, 1)).permute(0, 2, 3, 1)  # (B, H+2, W+2, C)
-    fine = values.new_zeros(())
-    for k in range(9):
+    fine = weights[:, :, :, 0, None] * padded[:, :height, :width, :, None]
+    for k in range(1, 9):
         neighbour = padded[:, k // 3:k // 3 + height, k % 3:k % 3 + width, :, None]
         fine = fine + weights[:, :, :, k, None] * neighbour  # (B, H, W, C, factor**2)
     fine = fine.view(batch, height, width, channels, factor, factor)
