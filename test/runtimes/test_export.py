@@ -358,7 +358,7 @@ def test_no_graph_grows_with_the_map(exports: Exports) -> None:
     counts = {(name, act): len(onnx.ModelProto.FromString(exports.model(name, act)).graph.node)
               for name, act in (('dip_rt', 'step_8'), ('dip', 'step_4'), ('hd3', 'step4'),
                                 ('hd3_iofpl', 'step0'), ('mscsl', 'step1'))}
-    assert max(counts.values()) < 300, counts
+    assert max(counts.values()) < 400, counts  # 18 lines of a patch, of radius 8
     larger = next(act for act in record_acts(exports.network('dip_rt'), width=640, height=480)
                   if act.name == 'step_8')
     model = onnx.ModelProto.FromString(export_act(exports.network('dip_rt'), larger))
