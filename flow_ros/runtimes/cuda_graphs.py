@@ -47,8 +47,10 @@ _MOST_GRAPHS = 6
 """Each holds GPU memory for its inputs and results: cold and warm at three budgets."""
 _MOST_SEEN = 32
 
-_ONE_CAPTURE = threading.Lock()
-"""CUDA synchronises the whole device before a capture, which another capture does not survive."""
+ONE_CAPTURE = threading.RLock()
+"""Held during a capture, and by what may synchronise the whole device: that is an error, for both,
+while any stream of the device is captured. Torch does it before a capture, TensorRT may where it
+reads a plan or makes a context."""
 
 _log = logging.getLogger(__name__)
 
@@ -97,22 +99,35 @@ class CudaGraphDevice:
 
     def buffers(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return copies of ``tensors`` in memory that stays where it is."""
-        return [tensor.clone() for tensor in tensors]
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            # Memory of the stream that replays: whoever drops a graph, whatever its stream, what
+            # is given this memory next comes after the last replay.
+            with torch.cuda.stream(self._stream):
+                copies = [tensor.clone() for tensor in tensors]
+            current.wait_stream(self._stream)  # the tensors are its, to free
+        return copies
 
     def capture(self, rehearse: Callable[[], object],
                 work: Callable[[], list[Tensor]]) -> tuple[Any, list[Tensor]]:
         """Return the graph of ``work`` and the tensors that it will fill."""
-        with _ONE_CAPTURE, torch.cuda.device(self._device):
+        with ONE_CAPTURE, torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 rehearse()
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads go on with their streams, and may allocate, or build an engine.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream,
-                                  capture_error_mode='thread_local'):
-                outputs = work()
+            try:
+                # Other threads go on with their streams, and may allocate.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream,
+                                      capture_error_mode='thread_local'):
+                    outputs = work()
+            finally:
+                # Where the end of a capture fails, torch leaves its stream the current one: all
+                # that the caller does from then on would be out of step.
+                torch.cuda.set_stream(current)
         return graph, outputs
 
     def replay(self, graph: Any, buffers: Sequence[Tensor], inputs: Sequence[Tensor],
@@ -205,14 +220,16 @@ class GraphedLoop:
             if len(self._seen) > _MOST_SEEN:
                 self._seen.popitem(last=False)
             return None
-        if len(self._graphs) >= _MOST_GRAPHS:
-            self._graphs.popitem(last=False)
         try:
             graph = self._graphs[inputs.key] = self._capture(inputs)
         except Exception as error:
             self.failure = f'{type(error).__name__}: {error}'
+            self._graphs.clear()  # none is replayed any more
             _log.warning('%s runs without CUDA graphs, more slowly: capturing one failed (%s)',
                          self._network.name, self.failure)
+        # After the capture, which has waited for all that still ran of the old one.
+        if len(self._graphs) > _MOST_GRAPHS:
+            self._graphs.popitem(last=False)
         return graph
 
     def _capture(self, inputs: '_Inputs') -> '_Graph':

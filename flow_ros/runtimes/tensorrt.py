@@ -23,7 +23,7 @@ A plan can be built by TensorRT-RTX on a machine without a GPU; running one need
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 import functools
 from importlib.util import find_spec
@@ -47,7 +47,12 @@ from flow_ros.runtimes.base import (
     run_loop,
     RuntimeUnavailable,
 )
-from flow_ros.runtimes.cuda_graphs import CudaGraphDevice, GraphDevice, GraphedLoop
+from flow_ros.runtimes.cuda_graphs import (
+    CudaGraphDevice,
+    GraphDevice,
+    GraphedLoop,
+    ONE_CAPTURE,
+)
 
 PACKAGES: tuple[str, ...] = ('tensorrt', 'tensorrt_rtx')
 """In the order in which they are looked for."""
@@ -473,8 +478,8 @@ def _search() -> tuple[_Library | None, str]:
         try:
             with _ONE_LOAD:
                 return _load(package), ''
-        except (ImportError, OSError, AttributeError) as error:
-            # A package without its libraries, or without what 10.3 has.
+        except (ImportError, OSError, AttributeError, RuntimeError, TypeError) as error:
+            # A package without its libraries, for another numpy, or without what 10.3 has.
             reasons.append(f'{_NAMES[package]} is installed but cannot be used ({error})')
     if reasons:
         return None, '; '.join(reasons)
@@ -508,7 +513,7 @@ class _Build:
         """Return the number of layers, the plan and the timing cache."""
         api = self._api
         meter = monitor.meter
-        builder = api.Builder(self._library.logger)
+        builder = make(api.Builder, self._library.logger)
         if builder is None:
             raise self._error('cannot start its builder')
         typed = getattr(api.NetworkDefinitionCreationFlag, 'STRONGLY_TYPED', None)
@@ -535,7 +540,9 @@ class _Build:
 
     def _parse(self, network: Any, model: bytes) -> None:
         api = self._api
-        parser = api.OnnxParser(network, self._library.logger)
+        parser = make(api.OnnxParser, network, self._library.logger)
+        if parser is None:
+            raise self._error('cannot start its parser')
         native = getattr(api.OnnxParserFlag, 'NATIVE_INSTANCENORM', None)
         if native is not None:  # the default since 10.0
             parser.set_flag(native)
@@ -612,6 +619,18 @@ class _Build:
 
     def _error(self, what: str) -> BuildError:
         return BuildError(f'{self._head()} {what}:{quoted(self._messages)}\n{_WHAT_TO_DO}')
+
+
+def make(kind: Callable[..., Any], *arguments: Any) -> Any:
+    """Return a new object of TensorRT's, or None where it could not make one.
+
+    Its bindings raise TypeError then: without a driver, say; the logger was told why.
+    """
+    try:
+        return kind(*arguments)
+    except TypeError as error:
+        _log.debug('%s was not made: %s', kind, error)
+        return None
 
 
 _WHAT_TO_DO = ("Export the network with this version of flow_ros, try another version of "
@@ -698,7 +717,14 @@ class Streams(Protocol):
     """Where engines run."""
 
     def turn(self) -> AbstractContextManager[int]:
-        """Give the handle of a CUDA stream that is in step with the caller's current one."""
+        """Give the handle of the CUDA stream for what the caller's current one is to run."""
+        ...
+
+    def in_step(self, stream: int) -> AbstractContextManager[None]:
+        """Let ``stream`` wait for the caller's current one, and that, at the end, for it.
+
+        What an engine reads and writes must be made before and kept until after.
+        """
         ...
 
 
@@ -713,17 +739,24 @@ class CudaStreams:
     def turn(self) -> Iterator[int]:
         """Give the handle of the stream to use."""
         with torch.cuda.device(self._device):
-            current = torch.cuda.current_stream()
-            if current.cuda_stream:
-                yield current.cuda_stream
-                return
-            # Each waits for the other, so all memory is used in the order of the caller's
-            # stream, and the allocator needs to know of no other.
-            self._own.wait_stream(current)
-            try:
-                yield self._own.cuda_stream
-            finally:
-                current.wait_stream(self._own)
+            yield torch.cuda.current_stream().cuda_stream or self._own.cuda_stream
+
+    @contextmanager
+    def in_step(self, stream: int) -> Iterator[None]:
+        """Let both streams, where they are two, wait for each other.
+
+        So all memory is used in the order of the caller's stream, of which it is, and the
+        allocator needs to know of no other.
+        """
+        current = torch.cuda.current_stream(self._device)
+        if current.cuda_stream == stream:
+            yield
+            return
+        self._own.wait_stream(current)
+        try:
+            yield
+        finally:
+            current.wait_stream(self._own)
 
 
 class TensorRtRuntime:
@@ -769,7 +802,7 @@ class TensorRtRuntime:
         self._lock = threading.Lock()
         self._lanes: dict[int, _Lane] = {}
         with self._streams.turn():
-            self._runtime = library.api.Runtime(library.logger)
+            self._runtime = make(library.api.Runtime, library.logger)
             self._plans: dict[str, list[_Plan]] = {}
             for act in acts:
                 self._plans.setdefault(act.engine, []).append(self._load(act, plans[act.name]))
@@ -796,7 +829,7 @@ class TensorRtRuntime:
         return run_loop(self.network, state, self.call, lap)
 
     def _load(self, act: Act, plan: bytes) -> '_Plan':
-        with self._library.messages.collected() as messages:
+        with ONE_CAPTURE, self._library.messages.collected() as messages:
             try:
                 engine = (None if self._runtime is None
                           else self._runtime.deserialize_cuda_engine(plan))
@@ -843,8 +876,12 @@ class TensorRtRuntime:
                 context = context_of(plan)
                 inputs = [_bindable(tensor, binding, self.device)
                           for tensor, binding in zip(tensors, plan.inputs)]
-                return context.run(inputs, stream)
-            except (_Refused, RuntimeError) as error:
+                outputs = context.bind(inputs)
+                with self._streams.in_step(stream):
+                    context.execute(stream)
+                return outputs
+            except (_Refused, RuntimeError, TypeError, AttributeError) as error:
+                # The last two: bindings of a version that nobody here has seen.
                 raise EngineFault(f'{self.network.name} {plan.act.name}: the engine failed '
                                   f'({error}); with {self.versions}:{quoted(messages)}'
                                   ) from error
@@ -914,13 +951,14 @@ class _Plan:
         """Return a new execution context, and whether it must be given its memory."""
         strategy = getattr(self._api, 'ExecutionContextAllocationStrategy', None)
         managed = strategy is not None and hasattr(strategy, 'USER_MANAGED')
-        if self._config is not None:
-            context = self.engine.create_execution_context(self._config)
-        elif managed:
-            assert strategy is not None
-            context = self.engine.create_execution_context(strategy.USER_MANAGED)
-        else:
-            context = self.engine.create_execution_context()
+        with ONE_CAPTURE:
+            if self._config is not None:
+                context = self.engine.create_execution_context(self._config)
+            elif managed:
+                assert strategy is not None
+                context = self.engine.create_execution_context(strategy.USER_MANAGED)
+            else:
+                context = self.engine.create_execution_context()
         if context is None:
             raise _Refused('no execution context could be made: is the GPU out of memory?')
         return context, managed
@@ -981,11 +1019,14 @@ class _Context:
     """An execution context of a plan, used by one thread at a time and on one stream."""
 
     def __init__(self, plan: _Plan, device: torch.device) -> None:
+        # Before the plan, so that it goes before: of its engine and configuration it only
+        # knows the addresses.
+        self._context, self._needs_memory = plan.new_context()
         self._plan = plan
         self._device = device
-        self._context, self._needs_memory = plan.new_context()
         self._memory: Tensor | None = None
         self._shapes: tuple[Shape, ...] = ()
+        self._ran = False
 
     def give(self, scratch: _Scratch) -> None:
         """Let it run in this memory."""
@@ -1001,11 +1042,15 @@ class _Context:
             self._context.device_memory = memory.data_ptr()
         self._memory = memory
 
-    def run(self, inputs: Sequence[Tensor], stream: int) -> tuple[Tensor, ...]:
-        """Return the outputs, in new memory."""
+    def bind(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the outputs, in new memory, that ``execute`` will fill from ``inputs``.
+
+        The caller keeps both.
+        """
         context, plan = self._context, self._plan
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
         if shapes != self._shapes:
+            self._shapes = ()  # until all are taken
             for binding, shape in zip(plan.inputs, shapes):
                 if binding.free and not context.set_input_shape(binding.name, shape):
                     raise _Refused(f'shape {shape} of {binding.name} refused')
@@ -1020,9 +1065,15 @@ class _Context:
         for binding, tensor in [*zip(plan.inputs, inputs), *zip(plan.outputs, outputs)]:
             if not context.set_tensor_address(binding.name, tensor.data_ptr()):
                 raise _Refused(f'address of {binding.name} refused')
-        if not context.execute_async_v3(stream):
-            raise _Refused('execute_async_v3 returned False')
         return tuple(outputs)
+
+    def execute(self, stream: int) -> None:
+        """Run on what is bound."""
+        # The first time it loads kernels, or compiles them.
+        with nullcontext() if self._ran else ONE_CAPTURE:
+            if not self._context.execute_async_v3(stream):
+                raise _Refused('execute_async_v3 returned False')
+        self._ran = True
 
 
 class _Lane:
@@ -1080,7 +1131,9 @@ class _GraphCalls:
 
 def _bindable(tensor: Tensor, binding: _Binding, device: torch.device) -> Tensor:
     """Return ``tensor`` as the engine reads it: its type, contiguous, aligned to 256 bytes."""
-    if tensor.device.type != device.type:
+    if tensor.device.type != device.type or (
+            None not in (device.index, tensor.device.index)
+            and tensor.device.index != device.index):
         raise ValueError(f'{binding.name} must be on {device}; seen on {tensor.device}')
     tensor = tensor.detach().to(binding.dtype).contiguous()
     # Parts of a batch may begin anywhere; memory of one's own is aligned on CUDA.

@@ -108,10 +108,19 @@ class FakeStreams:
 
     def __init__(self):
         self.here = threading.local()
+        self.stepping = None
 
     @contextmanager
     def turn(self):
         yield getattr(self.here, 'handle', 7)
+
+    @contextmanager
+    def in_step(self, stream):
+        self.stepping = stream
+        try:
+            yield
+        finally:
+            self.stepping = None
 
 
 def _flat(value):

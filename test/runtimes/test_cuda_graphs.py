@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+from contextlib import contextmanager
 import logging
 import threading
 
@@ -24,7 +25,7 @@ from flow_ros.networks import create
 from flow_ros.networks.base import Features, FlowNetwork, FlowOutput, State, Step
 from flow_ros.runtimes import cuda_graphs
 from flow_ros.runtimes.base import EngineFault, run_loop
-from flow_ros.runtimes.cuda_graphs import CudaGraphDevice, GraphedLoop
+from flow_ros.runtimes.cuda_graphs import CudaGraphDevice, GraphedLoop, ONE_CAPTURE
 from flow_ros.runtimes.torch import TorchRuntime
 from flow_ros.streaming import Budget, FlowEstimator
 
@@ -248,6 +249,88 @@ def test_a_failing_replay_is_an_engine_fault(network, device):
     device.fails = 'an illegal memory access was encountered'
     with pytest.raises(EngineFault, match='small: replaying a CUDA graph failed .an illegal'):
         loop(state_of(network))
+
+
+class Cuda:
+    """As much of ``torch.cuda`` as a capture needs: which stream is the current one."""
+
+    def __init__(self, monkeypatch, fails):
+        self.current = 'default'
+        self.fails = fails
+        for name in ('current_stream', 'set_stream', 'stream', 'Stream', 'graph', 'CUDAGraph',
+                     'device', 'graph_pool_handle'):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    class Stream(str):
+        def __new__(cls, name):
+            return super().__new__(cls, name)
+
+        def wait_stream(self, other):
+            pass
+
+    def current_stream(self):
+        return self.Stream(self.current)
+
+    def set_stream(self, stream):
+        self.current = stream
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextmanager
+    def graph(self, graph, *, pool, stream, capture_error_mode):
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            if self.fails:  # as torch's capture_end: its stream stays the current one
+                raise RuntimeError('operation failed due to a previous error during capture')
+        self.current = before
+
+    def CUDAGraph(self):
+        return 'graph'
+
+    @contextmanager
+    def device(self, device):
+        yield
+
+    def graph_pool_handle(self):
+        return 'pool'
+
+
+@pytest.mark.parametrize('fails', [False, True])
+def test_the_callers_stream_is_the_current_one_after_a_capture(monkeypatch, fails):
+    cuda = Cuda(monkeypatch, fails)
+    device = CudaGraphDevice('graphs')
+    streams = []
+    if fails:
+        with pytest.raises(RuntimeError, match='a previous error'):
+            device.capture(lambda: streams.append(cuda.current), list)
+    else:
+        assert device.capture(lambda: streams.append(cuda.current), list) == ('graph', [])
+    assert streams == ['graphs']
+    assert cuda.current == 'default'
+
+
+def test_a_capture_and_what_may_synchronise_exclude_each_other(monkeypatch):
+    """The lock may be taken again by the thread that captures: it makes contexts."""
+    Cuda(monkeypatch, False)
+    device = CudaGraphDevice('graphs')
+    taken = []
+
+    def work():
+        with ONE_CAPTURE:
+            pass
+        other = threading.Thread(target=lambda: taken.append(ONE_CAPTURE.acquire(blocking=False)))
+        other.start()
+        other.join()
+        return []
+
+    device.capture(list, work)
+    assert taken == [False]
 
 
 def test_laps(network, device):

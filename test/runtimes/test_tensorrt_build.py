@@ -241,6 +241,19 @@ def test_flags_that_a_version_lacks_are_left_out(spied):
 
 
 @needs_tensorrt
+@pytest.mark.parametrize(('what', 'message'), [
+    ('Builder', 'cannot start its builder'), ('OnnxParser', 'cannot start its parser')])
+def test_what_the_library_does_not_make_is_a_build_error(spied, monkeypatch, what, message):
+    """The bindings raise TypeError then: without a driver, TensorRT makes no builder."""
+    def nothing(*arguments):
+        raise TypeError('pybind11::init(): factory function returned nullptr')
+
+    monkeypatch.setattr(spied.api, what, nothing, raising=False)
+    with pytest.raises(BuildError, match=message):
+        build(doubling())
+
+
+@needs_tensorrt
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')  # it is none in TensorRT
 def test_the_timing_cache_goes_round(spied, monkeypatch, caplog):
     assert build(doubling()).timing_cache is None  # TensorRT-RTX has none

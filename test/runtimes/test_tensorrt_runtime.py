@@ -15,9 +15,11 @@
 """The TensorRT runtime on a fake of TensorRT that computes with torch; no GPU, no TensorRT."""
 
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 import logging
 import threading
+import weakref
 
 from fake_cuda import FakeGraphDevice, FakeStreams
 from fake_tensorrt import Allocation, DataType, FakeApi, FakeContext, FakeEngine
@@ -26,6 +28,7 @@ import torch
 from torch import nn
 
 from flow_ros.networks import create
+from flow_ros.runtimes import tensorrt
 from flow_ros.runtimes.acts import record_acts
 from flow_ros.runtimes.base import EngineFault, RuntimeUnavailable
 from flow_ros.runtimes.tensorrt import PlanError, TensorRtRuntime, UnknownShape
@@ -219,6 +222,75 @@ def test_what_torch_raises_on_the_way_is_an_engine_fault_too(network, monkeypatc
     monkeypatch.setattr(FakeContext, 'execute_async_v3', out_of_memory)
     with pytest.raises(EngineFault, match='CUDA out of memory'):
         runtime.call('encode', *inputs(made.acts[0]))
+
+
+@pytest.mark.parametrize('error', [TypeError('incompatible function arguments'),
+                                   AttributeError('no attribute execute_async_v3')])
+def test_bindings_of_an_unknown_version_are_an_engine_fault(network, monkeypatch, error):
+    """So the next runtime serves."""
+    made = Made(network)
+    runtime = made.runtime()
+
+    def changed(self, stream_handle):
+        raise error
+
+    monkeypatch.setattr(FakeContext, 'execute_async_v3', changed)
+    with pytest.raises(EngineFault, match=str(error)):
+        runtime.call('encode', *inputs(made.acts[0]))
+
+
+def test_without_a_driver_there_is_no_runtime(network, monkeypatch):
+    """The bindings raise TypeError where TensorRT's library makes nothing."""
+    made = Made(network)
+
+    def nothing(self, logger):
+        raise TypeError('pybind11::init(): factory function returned nullptr')
+
+    monkeypatch.setattr(FakeApi, 'Runtime', nothing)
+    with pytest.raises(PlanError, match='encode: this plan of 6 bytes cannot be used'):
+        made.runtime()
+
+
+@pytest.mark.parametrize('graphs', [False, True])
+def test_memory_is_in_the_order_of_the_callers_stream(network, monkeypatch, graphs):
+    """What is copied is copied before the engine's stream waits, and kept until it was waited
+    for: the allocator gives memory away again as soon as nobody holds it.
+    """
+    made = Made(network, graphs=graphs)
+    alive, bound = [], []
+    bind, run = FakeContext.set_tensor_address, FakeContext.execute_async_v3
+
+    class Streams(FakeStreams):
+        @contextmanager
+        def in_step(self, stream):
+            with super().in_step(stream):
+                yield
+                alive.append([each() is not None for each in bound])
+                bound.clear()
+
+    streams = Streams()
+
+    def bindable(tensor, binding, device):
+        assert streams.stepping is None
+        copy = tensor.clone()
+        bound.append(weakref.ref(copy))
+        return copy
+
+    def address(self, name, memory):
+        assert streams.stepping is None
+        return bind(self, name, memory)
+
+    def execute(self, stream_handle):
+        assert streams.stepping == stream_handle
+        return run(self, stream_handle)
+
+    monkeypatch.setattr(tensorrt, '_bindable', bindable)
+    monkeypatch.setattr(FakeContext, 'set_tensor_address', address)
+    monkeypatch.setattr(FakeContext, 'execute_async_v3', execute)
+    runtime = made.runtime(streams=streams)
+    flows(runtime, count=3)
+    assert [True] * 5 in alive  # a step
+    assert all(all(each) for each in alive)
 
 
 def test_no_memory_for_a_context(network, monkeypatch):
