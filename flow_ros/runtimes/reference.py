@@ -25,7 +25,7 @@ a small board is slow. Beside the shipped weights lie references of their own at
 size (``NAME.reference.npz``): they find a torch that computes wrongly on this very machine.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import copy
 from dataclasses import dataclass, replace
 import hashlib
@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flow_ros import __version__
-from flow_ros.networks.base import Call, FlowNetwork, FlowOutput, State, Step
+from flow_ros.networks.base import Call, Features, FlowNetwork, FlowOutput, State, Step
 from flow_ros.ops.sampling import resize_flow
 from flow_ros.runtimes.base import check_precision, Runtime
 from flow_ros.runtimes.cache import cache_directory
@@ -132,11 +132,20 @@ class Reference:
 
 @dataclass(frozen=True)
 class CaseResult:
-    """How one case went: the endpoint error's ``QUANTILES``, px; NaN where there is NaN."""
+    """How one case went: the endpoint error's ``QUANTILES``, px; NaN where there is NaN.
+
+    ``replayed``: as a CUDA graph, which a case that has one is judged by too.
+    """
 
     case: ReferenceCase
     quantiles: tuple[float, float, float]
     passed: bool
+    replayed: bool = False
+
+    @property
+    def text(self) -> str:
+        """The case in words."""
+        return self.case.text + (', as a CUDA graph' if self.replayed else '')
 
 
 @dataclass(frozen=True)
@@ -193,11 +202,11 @@ class Verdict:
         if worst is None:
             return 'there was nothing to compare with'
         if any(np.isnan(worst.quantiles)):
-            return f'NaN or infinite values in its output ({worst.case.text})'
+            return f'NaN or infinite values in its output ({worst.text})'
         seen = ', '.join(f'{100 * share:g} % at {error:.2g} (limit {limit:g})' for
                          share, error, limit in zip(QUANTILES, worst.quantiles, self.limits))
         return (f'endpoint error in px against torch f32 on the CPU, worst of '
-                f'{len(self.cases)} cases ({worst.case.text}): {seen}')
+                f'{len(self.cases)} cases ({worst.text}): {seen}')
 
 
 def default_cases(network: FlowNetwork) -> tuple[ReferenceCase, ...]:
@@ -332,6 +341,9 @@ def compare(runtime: Runtime, reference: Reference, *, precision: str | None = N
             limits: Limits | None = None) -> Verdict:
     """Run every case of ``reference`` on ``runtime`` as a stream would, and judge it.
 
+    Where the runtime captures CUDA graphs (its attribute ``graphed``), a case runs until it is
+    replayed, which is judged as well: that is what will serve.
+
     ``precision`` None is that of the runtime (its attribute ``precision``; 'f32' where it has
     none), ``limits`` None those of what it computes in (its attribute ``arithmetic``; where it
     has none, 'f16' for 'fast', the bits that TF32 has too). A runtime that raises is refused.
@@ -345,8 +357,9 @@ def compare(runtime: Runtime, reference: Reference, *, precision: str | None = N
     fault = ''
     try:
         for case, expected in reference.flows.items():
-            output = _run(runtime, reference, case)
-            results.append(_judge(case, output, expected, reference.stride, limits))
+            for output, replayed in _runs(runtime, reference, case):
+                result = _judge(case, output, expected, reference.stride, limits)
+                results.append(replace(result, replayed=replayed))
     except RuntimeError as error:  # an engine's fault, no memory left, an unknown shape
         fault = str(error) or type(error).__name__
     return Verdict(network=runtime.network.name, runtime=runtime.name, precision=precision,
@@ -379,22 +392,28 @@ def weights_sha256(network: FlowNetwork) -> str:
     return digest.hexdigest()
 
 
-def _run(runtime: Runtime, reference: Reference, case: ReferenceCase) -> FlowOutput:
-    """Run one case the way the estimator does."""
+def _runs(runtime: Runtime, reference: Reference,
+          case: ReferenceCase) -> Iterator[tuple[FlowOutput, bool]]:
+    """Run one case the way the estimator does; yield the output, and if a graph made it."""
     network, device = runtime.network, runtime.device
     call: Call = runtime.call
+    prior = reference.prior.to(device) if case.warm else None
+
+    def run(a: Features, b: Features) -> FlowOutput:
+        with torch.inference_mode():
+            state = network.start(a, b, prior_flow=prior, iterations=case.budget, call=call)
+            return runtime.loop(state)[1]
+
     with torch.inference_mode():
         a, b = (network.encode(image.to(device), call=call)
                 for image in (reference.image1, reference.image2))
-        state = network.start(a, b, prior_flow=reference.prior.to(device) if case.warm else None,
-                              iterations=case.budget, call=call)
-        loop = getattr(runtime, 'loop', None)
-        if loop is not None:
-            _, output = loop(state)
-            return output
-        while state.schedule:
-            state = network.step(state, call=call)
-        return network.finish(state, call=call)
+    yield run(a, b), False
+    if not getattr(runtime, 'graphed', False):
+        return
+    # Captured with other features than it is judged by: a graph may not read what it is given.
+    run(b, a)
+    if getattr(runtime, 'graphed', False):  # still
+        yield run(a, b), True
 
 
 def _judge(case: ReferenceCase, output: FlowOutput, expected: NDArray[np.float32], stride: int,

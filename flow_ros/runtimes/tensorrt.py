@@ -811,6 +811,11 @@ class TensorRtRuntime:
             self._graphed = GraphedLoop(network, self.call, graph_calls=self._graph_calls,
                                         device=graph_device or CudaGraphDevice(device))
 
+    @property
+    def graphed(self) -> bool:
+        """True where a loop's runs after the first of their kind are a CUDA graph."""
+        return self._graphed is not None and not self._graphed.failure
+
     def call(self, engine: str, /, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run one engine on the current CUDA stream; it may still run on return.
 

@@ -44,6 +44,11 @@ class TorchRuntime:
         self._graphed = (GraphedLoop(self.network, self.call, device=CudaGraphDevice(device))
                          if graphs and device.type == 'cuda' else None)
 
+    @property
+    def graphed(self) -> bool:
+        """True where a loop's runs after the first of their kind are a CUDA graph."""
+        return self._graphed is not None and not self._graphed.failure
+
     def call(self, engine: str, /, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run one engine."""
         if self.device.type != 'cuda':

@@ -14,6 +14,7 @@
 
 from dataclasses import replace
 
+from fake_cuda import FakeGraphDevice
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from torch.nn import functional
 from flow_ros.networks import create, default_weights_path, list_models
 from flow_ros.networks.base import FlowOutput
 from flow_ros.runtimes.base import EngineFault
+from flow_ros.runtimes.cuda_graphs import GraphedLoop
 from flow_ros.runtimes.reference import (
     compare,
     default_cases,
@@ -211,6 +213,49 @@ def test_torch_passes_its_own_reference(reference):
     assert 'check of dip_rt on torch (f32, cpu, 128x96; flow_ros ' in verdict.text
     assert f'torch {torch.__version__}' in verdict.text
     assert ': passed;' in verdict.text
+
+
+class Graphed(TorchRuntime):
+    """Torch with CUDA graphs, as far as the CPU can pretend."""
+
+    def __init__(self, network):
+        super().__init__(network, device=CPU)
+        self.graphs = FakeGraphDevice()
+        self._graphed = GraphedLoop(network, self.call, device=self.graphs)
+
+
+def test_graphs_are_judged_too(network, reference):
+    checked = Graphed(network)
+    verdict = compare(checked, reference)
+    assert verdict.passed, verdict.text
+    assert [result.replayed for result in verdict.cases] == [False, True] * 6
+    assert checked.graphs.captures == 6
+
+
+@pytest.mark.parametrize('fault', ['stale inputs', 'garbage'])
+def test_a_graph_that_is_wrong_is_refused(network, reference, monkeypatch, fault):
+    """Its engines are right, one by one."""
+    replay = FakeGraphDevice.replay
+
+    def wrong(self, graph, buffers, inputs, outputs):
+        if fault == 'stale inputs':
+            inputs = [buffer.clone() for buffer in buffers]
+        results = replay(self, graph, buffers, inputs, outputs)
+        return results if fault == 'stale inputs' else [values + 1 for values in results]
+
+    monkeypatch.setattr(FakeGraphDevice, 'replay', wrong)
+    verdict = compare(Graphed(network), reference)
+    assert not verdict.passed
+    assert 'as a CUDA graph)' in verdict.text
+    assert all(result.passed is not result.replayed for result in verdict.cases)
+
+
+def test_a_graph_that_cannot_be_captured_is_no_fault(network, reference):
+    checked = Graphed(network)
+    checked.graphs.fails = 'operation not permitted when stream is capturing'
+    verdict = compare(checked, reference)
+    assert verdict.passed
+    assert len(verdict.cases) == 6
 
 
 def test_a_wrong_flow_is_refused_with_numbers_and_what_happens_next(network, reference):
