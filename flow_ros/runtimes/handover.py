@@ -115,6 +115,8 @@ class Handover:
         self._serving = self._active = serving[0]()
         self._why_serving = ''  # why a better one of ``serving`` does not serve any more
         self._size: Size | None = None
+        # Taken before ``_changed``, never after: for what takes long, while others go on.
+        self._replacing = threading.Lock()
         self._changed = threading.Condition()
         self._sizes: OrderedDict[Size, _Entry] = OrderedDict()
         self._refused: OrderedDict[Size, str] = OrderedDict()
@@ -218,12 +220,14 @@ class Handover:
             for size, entry in list(self._sizes.items()):
                 if entry.runtime is faulty:
                     line = self._refuse(size, f'{describe(faulty)} failed for {_px(size)}: {why}')
-            if faulty is self._serving:
-                line = self._serve_next(f'{describe(faulty)} failed: {why}')
-                if not line:
-                    return False
             if self._active is faulty:
                 self._active = self._serving
+        if not line:
+            with self._replacing:
+                if faulty is self._serving:
+                    line = self._serve_next(f'{describe(faulty)} failed: {why}')
+                    if not line:
+                        return False
         if line:
             self.say('warning', line)
         return True
@@ -345,14 +349,19 @@ class Handover:
         """Replace what serves without a build; return the line that says so, '' if none can."""
         whys = [why]
         while self._next:
-            make = self._next.pop(0)
             try:
-                self._serving = make()
+                runtime = self._next[0]()  # seconds, in which others want to know the status
             except Exception as error:
+                self._next.pop(0)
                 whys.append(f'the next best cannot be had: {_text(error)}')
                 continue
-            self._why_serving = '; '.join(whys)
-            return f'{self._why_serving}; {describe(self._serving)} serves from now on'
+            with self._changed:
+                self._next.pop(0)
+                if self._active is self._serving:
+                    self._active = runtime
+                self._serving = runtime
+                self._why_serving = '; '.join(whys)
+            return f'{self._why_serving}; {describe(runtime)} serves from now on'
         return ''
 
 

@@ -253,6 +253,38 @@ def test_the_next_best_is_made_only_when_it_is_needed(make):
     assert not handover.fall_back('this one too')
 
 
+def test_while_the_next_best_is_made_nobody_else_waits(make):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow():
+        begun.set()
+        assert go_on.wait(20.0)
+        return Fake('torch_cpu')
+
+    handover = make(slow)
+    faulty = handover.active
+    replaced = []
+    streams = [threading.Thread(target=lambda: replaced.append(handover.fall_back('CUDA', faulty)))
+               for _ in range(2)]
+    for stream in streams:
+        stream.start()
+    assert begun.wait(20.0)
+    seen = queue.Queue()
+    threading.Thread(target=lambda: seen.put((handover.status, handover.may_change(*VGA),
+                                              handover.at(*VGA))), daemon=True).start()
+    try:
+        status, may_change, runtime = seen.get(timeout=10.0)
+    finally:
+        go_on.set()
+        for stream in streams:
+            stream.join(20.0)
+    assert status == 'torch on cpu serves (auto: CUDA)'
+    assert may_change and runtime is faulty
+    assert replaced == [True, True], 'the other stream found it replaced'
+    assert [level for level, _ in handover.lines].count('warning') == 1
+    assert handover.at(*VGA).name == 'torch_cpu'
+
+
 def test_close_cancels_what_is_being_made(make, workshop):
     handover = make()
     handover.advance(*VGA)
