@@ -19,6 +19,7 @@ frames to serve. The other process ends with this one, however this one ends.
 """
 
 from collections.abc import Callable, Mapping
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -34,6 +35,7 @@ import flow_ros
 
 _POLL_S = 0.2
 _END_S = 5.0
+_PR_SET_PDEATHSIG = 1
 
 Message = dict[str, Any]
 Tell = Callable[[Message], None]
@@ -84,6 +86,7 @@ def run_apart(module: str, job: Mapping[str, Any], *, on_message: Callable[[Mess
 
 def serve_job(work: Callable[[Message, Tell], None]) -> None:
     """Do the one job of this process, for the ``run_apart`` that started it."""
+    _be_ended_with_parent()
     # Whatever libraries print must not come between the messages.
     channel = os.fdopen(os.dup(1), 'w', encoding='utf-8')
     os.dup2(2, 1)
@@ -98,6 +101,17 @@ def serve_job(work: Callable[[Message, Tell], None]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     work(job, tell)
     tell({'done': True})
+
+
+def _be_ended_with_parent() -> None:
+    """Have Linux end this process with the thread that started it, and so with its process.
+
+    A library that keeps Python's lock for minutes keeps ``_end_with_parent`` from doing it.
+    """
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (AttributeError, OSError, TypeError):
+        pass  # not Linux
 
 
 def _end_with_parent() -> None:
@@ -127,6 +141,8 @@ def _listen(told: 'queue.Queue[str | None]', on_message: Callable[[Message], boo
             continue
         if line is None:
             return False
+        if not line.endswith('\n'):
+            return False  # it was ended in the middle of a message
         message = json.loads(line)
         if message.get('done') or not on_message(message):
             return True

@@ -393,13 +393,16 @@ def checked_runtime(network: FlowNetwork, request: BuildRequest, *, device: torc
 
 
 def _goes_by_file(network: FlowNetwork, path: Path) -> bool:
-    """Write the weights; True where a network made of the file is the same as ``network``."""
+    """Write the weights; True where a network made of the file is the same as ``network``.
+
+    Raises OSError where they cannot be written.
+    """
     if network.name not in names():
         return False
     try:
         save(network, path)
         again = create(network.name, weights=path)
-    except (OSError, ValueError):
+    except ValueError:
         return False
     return type(again) is type(network) and weights_sha256(again) == weights_sha256(network)
 

@@ -15,6 +15,7 @@
 """Work in a process of its own: what it tells, and the ways it can end."""
 
 import os
+import sys
 import textwrap
 import time
 
@@ -23,7 +24,7 @@ import pytest
 from flow_ros.runtimes.apart import ChildDied, run_apart
 
 WORKERS = """
-    import os, signal, sys, time
+    import ctypes, os, signal, sys, time
     from flow_ros.runtimes.apart import serve_job
 
     def work(job, tell):
@@ -37,6 +38,11 @@ WORKERS = """
             raise RuntimeError('out of luck')
         if job['way'] == 'hangs':
             time.sleep(60)
+        if job['way'] == 'deaf':  # in a library that keeps Python's lock
+            ctypes.PyDLL(None).sleep(60)
+        if job['way'] == 'cut':
+            os.write(3, b'{"text": "half a mess')
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def main():
         serve_job(work)
@@ -65,7 +71,8 @@ def test_messages_come_through_whatever_is_printed(workers) -> None:
 
 @pytest.mark.parametrize(('way', 'how'), [
     ('dies', 'ended by SIGSEGV: out of luck'),
-    ('raises', 'status 1: RuntimeError: out of luck')])
+    ('raises', 'status 1: RuntimeError: out of luck'),
+    ('cut', 'ended by SIGKILL')])
 def test_the_end_of_a_process_is_told(workers, way, how) -> None:
     with pytest.raises(ChildDied, match=how):
         run(workers, way)
@@ -95,7 +102,11 @@ def test_it_is_ended_when_it_is_not_wanted_any_more(workers) -> None:
     assert pids and not alive(pids[0])
 
 
-def test_it_ends_with_the_one_that_started_it(workers, tmp_path) -> None:
+@pytest.mark.parametrize('way', [
+    'hangs',
+    pytest.param('deaf', marks=pytest.mark.skipif(
+        sys.platform != 'linux', reason='only Linux ends a process that cannot hear of it'))])
+def test_it_ends_with_the_one_that_started_it(workers, tmp_path, way) -> None:
     """Also if that one is killed, and cannot say so."""
     child = os.fork()
     if child == 0:
@@ -103,7 +114,7 @@ def test_it_ends_with_the_one_that_started_it(workers, tmp_path) -> None:
             (tmp_path / 'pid').write_text(str(message['pid']))
             os.kill(os.getpid(), 9)
 
-        run_apart(workers, {'way': 'hangs'}, on_message=killed, go_on=lambda: True)
+        run_apart(workers, {'way': way}, on_message=killed, go_on=lambda: True)
     os.waitpid(child, 0)
     pid = int((tmp_path / 'pid').read_text())
     for _ in range(200):
