@@ -23,6 +23,8 @@ import time
 from typing import Any, TYPE_CHECKING
 
 from flow_ros.cli import CommandError
+from flow_ros.cli.arguments import frame_size, named_network, positive, PRECISIONS
+from flow_ros.cli.waiting import Waiting
 
 if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is needed
     from rich.console import Console
@@ -37,9 +39,7 @@ if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is nee
     from flow_ros.runtimes.cache import EngineCache
 
 RUNTIMES = ('tensorrt', 'openvino')
-PRECISIONS = ('f32', 'fast')
 EXIT_INTERRUPTED = 130
-_LINE_EVERY_S = 5.0
 DESCRIPTION = """Build the engines of a network before they are needed, and keep them in the cache.
 
 A node builds what it lacks by itself and serves with another runtime meanwhile; what was built
@@ -63,20 +63,20 @@ def add_parser(subparsers: Any) -> None:
                         help='network or model (default: %(default)s)')
     parser.add_argument('--weights', metavar='FILE', default='default',
                         help='weights of the network (default: those shipped)')
-    parser.add_argument('--size', type=_size, metavar='WIDTHxHEIGHT', default=(640, 480),
+    parser.add_argument('--size', type=frame_size, metavar='WIDTHxHEIGHT', default=(640, 480),
                         help='frame size, px (default: 640x480)')
-    parser.add_argument('--dynamic', type=_size, nargs=2, metavar=('MIN', 'MAX'),
+    parser.add_argument('--dynamic', type=frame_size, nargs=2, metavar=('MIN', 'MAX'),
                         help='TensorRT: engines for all frame sizes from MIN to MAX, fastest at '
                              '--size')
     parser.add_argument('--precision', choices=PRECISIONS, default='f32',
                         help='f32, or fast: whatever the machine does fastest (default: f32)')
     parser.add_argument('--runtime', choices=RUNTIMES, default='tensorrt',
                         help='what to build for (default: %(default)s)')
-    parser.add_argument('--workspace', type=_positive, metavar='MIB',
+    parser.add_argument('--workspace', type=positive, metavar='MIB',
                         help='TensorRT: most memory a layer may use, MiB (default: all there is)')
     parser.add_argument('--optimisation-level', type=int, choices=range(6), metavar='0..5',
                         help="TensorRT: 0 builds quickly, 5 runs fastest (default: TensorRT's)")
-    parser.add_argument('--threads', type=_positive, metavar='N',
+    parser.add_argument('--threads', type=positive, metavar='N',
                         help='OpenVINO: threads (default: its own)')
     parser.add_argument('--list', action='store_true', help='show what the cache holds, and end')
     parser.add_argument('--clear', action='store_true', help='empty the cache, and end')
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dynamic and options.runtime != 'tensorrt':
         raise CommandError('--dynamic is for --runtime tensorrt; OpenVINO compiles for one '
                            'size: give it as --size')
-    network = _network(options)
+    network = named_network(options.network, options.weights)
     try:
         if options.runtime == 'openvino':
             return _build_openvino(network, options, messages)
@@ -134,6 +134,10 @@ def _build_tensorrt(network: 'FlowNetwork', options: argparse.Namespace, cache: 
         device = torch.device('cuda') if torch.cuda.is_available() else None
         gpu = None if device is None else gpu_of(device)
         target = build_target(installation, gpu)
+        if not cache.writable():  # found out now, not after minutes of work
+            raise CommandError(f'{cache.directory} cannot be written, and what is built shall '
+                               f'be kept: make it writable, free some space, or set '
+                               f'FLOW_ROS_CACHE to another folder')
         messages.print(f'{network.name} {request.text} with {installation.text}, for '
                        f'{target.text}', markup=False)
         with _shown(messages) as progress:
@@ -163,8 +167,9 @@ def _check(network: 'FlowNetwork', request: 'BuildRequest', device: Any, cache: 
     from flow_ros.runtimes.tensorrt import PlanError
 
     try:
-        checked_runtime(network, request, device=device, cache=cache,
-                        say=lambda level, text: messages.print(text, markup=False))
+        with Waiting(messages, 'checking the engines'):
+            checked_runtime(network, request, device=device, cache=cache,
+                            say=lambda level, text: messages.print(text, markup=False))
     except (PlanError, EngineRefused) as error:
         print(f'check: {error}')
         return False
@@ -190,19 +195,29 @@ def _request(options: argparse.Namespace) -> 'BuildRequest':
 @contextmanager
 def _shown(messages: 'Console') -> Iterator['Progress']:
     """Yield what shows the progress: a bar on a terminal, else a line now and then."""
-    from rich.progress import BarColumn, Progress, TextColumn
+    if not messages.is_terminal:
+        act = ''
+        with Waiting(messages, 'starting to build') as waiting:
 
-    said, act = 0.0, ''
-    with Progress(BarColumn(), TextColumn('{task.description}', markup=False), console=messages,
-                  transient=True, disable=not messages.is_terminal) as bar:
-        task = bar.add_task('', total=1.0)
+            def lines(seen: 'EngineProgress') -> bool:
+                nonlocal act
+                waiting.text = seen.text
+                if seen.act != act:
+                    act = seen.act
+                    messages.print(seen.text, markup=False)
+                return True
+
+            yield lines
+        return
+
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    with Progress(SpinnerColumn(), BarColumn(), TextColumn('{task.description}', markup=False),
+                  TimeElapsedColumn(), console=messages, transient=True) as bar:
+        task = bar.add_task('starting to build', total=1.0)
 
         def progress(seen: 'EngineProgress') -> bool:
-            nonlocal said, act
             bar.update(task, completed=seen.fraction, description=seen.text)
-            if bar.disable and (seen.act != act or time.monotonic() - said >= _LINE_EVERY_S):
-                said, act = time.monotonic(), seen.act
-                messages.print(seen.text, markup=False)
             return True
 
         yield progress
@@ -239,7 +254,9 @@ def _build_openvino(network: 'FlowNetwork', options: argparse.Namespace,
                                  precision=options.precision)
     except RuntimeUnavailable as error:
         raise CommandError(str(error)) from error
-    with messages.status(f'compiling {network.name} for {width}x{height}'):
+    what = f'{network.name} {width}x{height} {options.precision}'
+    messages.print(f'{what} with OpenVINO, for the CPU that is here', markup=False)
+    with Waiting(messages, f'compiling {what}'):
         FlowEstimator(runtime=runtime).prepare(height, width)
     after = _files(folder)
     new = [path for path in after if path not in before]
@@ -292,37 +309,5 @@ def _files(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_size for path in folder.rglob('*') if path.is_file()}
 
 
-def _network(options: argparse.Namespace) -> 'FlowNetwork':
-    from flow_ros.networks import create, WeightsError
-
-    try:
-        return create(options.network, weights=options.weights)
-    except WeightsError as error:
-        raise CommandError(str(error)) from error
-    except ValueError as error:
-        raise CommandError(f'--network: {error}') from error
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition('x')
-    try:
-        size = int(width), int(height)
-    except ValueError:
-        size = (0, 0)
-    if min(size) < 1:
-        raise argparse.ArgumentTypeError(f'expected WIDTHxHEIGHT such as 640x480; seen {text!r}')
-    return size
-
-
 def _words(size: tuple[int, int]) -> str:
     return f'{size[0]}x{size[1]}'
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'expected a whole number from 1 on; seen {text!r}')
-    return value

@@ -22,6 +22,7 @@ from typing import Any, TYPE_CHECKING
 
 from flow_ros import __version__
 from flow_ros.cli import CommandError
+from flow_ros.cli.arguments import positive
 
 if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is needed
     from flow_ros.evaluation import PairSource, Skipped
@@ -53,7 +54,7 @@ def add_parser(subparsers: Any) -> None:
     data.add_argument('--data', type=Path, metavar='DIR', help='folder of pairs')
     data.add_argument('--data-set', metavar='NAME:DIR[:SPLIT]',
                       help='public data set; a wrong NAME lists those known')
-    parser.add_argument('--samples', type=_positive, metavar='N',
+    parser.add_argument('--samples', type=positive, metavar='N',
                         help='measure N samples, evenly spread over the data (default: all)')
     parser.add_argument('--network', action='append', metavar='NAME', dest='networks',
                         help='network or model to measure, or all: every model with weights '
@@ -61,7 +62,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--weights', metavar='FILE', default='default',
                         help='weights of the network, .safetensors or a published .pth '
                              '(default: those shipped)')
-    parser.add_argument('--iterations', type=_positive, metavar='N',
+    parser.add_argument('--iterations', type=positive, metavar='N',
                         help="iterations per level; levels of hd3, scales of mscsl (default: the "
                              "network's own)")
     parser.add_argument('--runtime', choices=RUNTIMES, default='torch',
@@ -236,13 +237,3 @@ def _check_writable(options: argparse.Namespace) -> None:
     if options.pictures is not None and options.pictures.exists() \
             and not options.pictures.is_dir():
         raise CommandError(f'--pictures {options.pictures} is a file; expected a folder')
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'expected a whole number from 1 on; seen {text!r}')
-    return value

@@ -23,6 +23,8 @@ import time
 from typing import Any, TYPE_CHECKING
 
 from flow_ros.cli import CommandError
+from flow_ros.cli.arguments import PRECISIONS
+from flow_ros.cli.waiting import Waiting
 
 if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is needed
     from rich.table import Table
@@ -31,7 +33,6 @@ if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is nee
     from flow_ros.runtimes.acts import Act, TensorSpec
     from flow_ros.runtimes.export import Profile
 
-PRECISIONS = ('f32', 'fast')
 MANIFEST = 'acts.json'
 DESCRIPTION = """Write the acts of a network as ONNX (opset 18), one file each, and acts.json.
 
@@ -119,7 +120,7 @@ def _write_all(network: 'FlowNetwork', acts: 'Sequence[Act]', out: Path,
     entries = []
     for index, act in enumerate(acts, start=1):
         begin = time.monotonic()
-        with console.status(f'{act.name} ({index} of {len(acts)})'):
+        with Waiting(console, f'exporting {act.name} ({index} of {len(acts)})'):
             model = export_act(network, act, dynamic=dynamic)
             path = out / f'{act.name}.onnx'
             _replace(path, model)

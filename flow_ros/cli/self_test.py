@@ -27,6 +27,8 @@ from typing import Any, TYPE_CHECKING
 
 from flow_ros import __version__
 from flow_ros.cli import CommandError
+from flow_ros.cli.arguments import frame_size, named_network, positive, PRECISIONS
+from flow_ros.cli.waiting import Waiting
 
 if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is needed
     from rich.console import Console
@@ -36,9 +38,7 @@ if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is nee
     from flow_ros.runtimes.reference import Verdict
 
 RUNTIMES = ('auto', 'torch', 'openvino', 'tensorrt')
-PRECISIONS = ('f32', 'fast')
 SHIPPED = 'shipped'
-_LINE_EVERY_S = 5.0
 _PACKAGES = ('torch', 'numpy', 'openvino', 'tensorrt', 'tensorrt-rtx', 'onnx')
 DESCRIPTION = """Compare the flow that runtimes compute on this machine with reference outputs.
 
@@ -75,11 +75,11 @@ def add_parser(subparsers: Any) -> None:
                              'machine where nothing is said (default: auto)')
     parser.add_argument('--device', metavar='NAME',
                         help='torch device for torch and tensorrt (default: cuda if there)')
-    parser.add_argument('--size', type=_size, metavar='WIDTHxHEIGHT', default=(640, 480),
+    parser.add_argument('--size', type=frame_size, metavar='WIDTHxHEIGHT', default=(640, 480),
                         help='frame size, px (default: 640x480)')
     parser.add_argument('--precision', action='append', choices=PRECISIONS, dest='precisions',
                         help='may be given twice (default: f32)')
-    parser.add_argument('--threads', type=_positive, metavar='N', help='of the CPU runtimes')
+    parser.add_argument('--threads', type=positive, metavar='N', help='of the CPU runtimes')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write all numbers here')
 
 
@@ -169,17 +169,23 @@ def _test(name: str, options: argparse.Namespace, messages: 'Console',
     else:
         plain = TorchRuntime(_network(name, options)[0], device=torch.device('cpu'),
                              threads=options.threads)
-        yield _Row(name, SHIPPED, compare(plain, shipped))
+        with Waiting(messages, f'{name}, torch on the CPU against the shipped reference'):
+            verdict = compare(plain, shipped)
+        yield _Row(name, SHIPPED, verdict)
     width, height = options.size
-    reference = reference_for(network, width=width, height=height, say=say)
+    with Waiting(messages, f'{name}, the reference at {width}x{height}'):
+        reference = reference_for(network, width=width, height=height, say=say)
     for runtime_name in _runtimes(options):
         for precision in dict.fromkeys(options.precisions or ['f32']):
             start = time.monotonic()
-            runtime = _runtime(runtime_name, _network(name, options)[0], precision, options,
-                               messages)
-            verdict = compare(runtime, reference, precision=precision)
+            what = f'{name}, {runtime_name} {precision}'
+            with Waiting(messages, what) as waiting:
+                runtime = _runtime(runtime_name, _network(name, options)[0], precision, options,
+                                   waiting)
+                waiting.text = what
+                verdict = compare(runtime, reference, precision=precision)
             yield _Row(name, 'torch on the CPU', verdict)
-            say(f'{name}, {runtime_name} {precision}: '
+            say(f'{what}: '
                 f'{"passed" if verdict.passed else "REFUSED"} after '
                 f'{time.monotonic() - start:.1f} s')
 
@@ -200,13 +206,13 @@ def _runtimes(options: argparse.Namespace) -> list[str]:
 
 
 def _runtime(name: str, network: 'FlowNetwork', precision: str, options: argparse.Namespace,
-             messages: 'Console') -> 'Runtime':
+             waiting: Waiting) -> 'Runtime':
     """Return the runtime itself, not one that serves while it is made."""
     from flow_ros.runtimes import create_runtime, RuntimeUnavailable
 
     try:
         if name == 'tensorrt':
-            return _tensorrt(network, precision, options, messages)
+            return _tensorrt(network, precision, options, waiting)
         device = None if name == 'openvino' else options.device
         return create_runtime(name, network, device=device, threads=options.threads,
                               precision=precision)
@@ -215,7 +221,7 @@ def _runtime(name: str, network: 'FlowNetwork', precision: str, options: argpars
 
 
 def _tensorrt(network: 'FlowNetwork', precision: str, options: argparse.Namespace,
-              messages: 'Console') -> 'Runtime':
+              waiting: Waiting) -> 'Runtime':
     import torch
 
     from flow_ros.runtimes.base import EngineFault, RuntimeUnavailable
@@ -229,13 +235,8 @@ def _tensorrt(network: 'FlowNetwork', precision: str, options: argparse.Namespac
     from flow_ros.runtimes.building import BuildRequest, EngineProgress, make_runtime
     from flow_ros.runtimes.export import ExportError
 
-    said = -_LINE_EVERY_S
-
     def progress(seen: EngineProgress) -> bool:
-        nonlocal said
-        if time.monotonic() - said >= _LINE_EVERY_S:
-            said = time.monotonic()
-            messages.print(seen.text, markup=False)
+        waiting.text = f'{network.name}: {seen.text}'
         return True
 
     try:
@@ -300,16 +301,11 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 def _network(name: str, options: argparse.Namespace) -> tuple['FlowNetwork', Path]:
     """Return the network, new each time: a runtime takes it over."""
-    from flow_ros.networks import create, default_weights_path, WeightsError
+    from flow_ros.networks import default_weights_path
 
-    try:
-        network = create(name, options.weights)
-        path = default_weights_path(name) if options.weights == 'default' else options.weights
-    except WeightsError as error:
-        raise CommandError(str(error)) from error
-    except ValueError as error:
-        raise CommandError(f'--network: {error}') from error
-    return network, Path(path)
+    network = named_network(name, options.weights)
+    return network, Path(default_weights_path(name) if options.weights == 'default'
+                         else options.weights)
 
 
 def _installed(package: str) -> bool:
@@ -325,24 +321,3 @@ def _cpu() -> str:
     named = (line.partition(':')[2].strip() for line in lines
              if line.startswith(('model name', 'Model')))
     return next(named, '') or platform.processor() or platform.machine()
-
-
-def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition('x')
-    try:
-        size = int(width), int(height)
-    except ValueError:
-        size = (0, 0)
-    if min(size) < 1:
-        raise argparse.ArgumentTypeError(f'expected WIDTHxHEIGHT such as 640x480; seen {text!r}')
-    return size
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'expected a whole number from 1 on; seen {text!r}')
-    return value

@@ -14,6 +14,7 @@
 
 """flow_ros build: what it says, what it keeps, and how it ends."""
 
+import errno
 from importlib.util import find_spec
 import os
 from pathlib import Path
@@ -116,7 +117,18 @@ def test_a_cache_that_cannot_be_written_is_a_failure(
     (tmp_path / 'file').write_text('in the way')
     monkeypatch.setenv('FLOW_ROS_CACHE', str(tmp_path / 'file'))
     status, out, err = run(capsys, '--weights', weights, '--size', '128x96')
-    assert status == 1 and f'NOT kept: {tmp_path / "file"}' in out
+    assert status == 2 and not out and 'exporting' not in err
+    assert f'{tmp_path / "file"} cannot be written' in err and 'set FLOW_ROS_CACHE to' in err
+
+
+def test_what_cannot_be_kept_is_a_failure(tensorrt, weights, cache, monkeypatch, capsys) -> None:
+    def full(path: Path, data: bytes, **keywords: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr('flow_ros.runtimes.cache.write_atomically', full)
+    monkeypatch.setattr(EngineCache, 'writable', lambda self: True)
+    status, out, err = run(capsys, '--weights', weights, '--size', '128x96')
+    assert status == 1 and f'NOT kept: {cache} cannot be written' in out
     assert err.count('warning: cannot write to') == 1 and 'FLOW_ROS_CACHE' in err
 
 
@@ -149,8 +161,8 @@ def test_an_error_of_the_builder_is_one_message(weights, tensorrt, monkeypatch, 
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (['--size', '640'], "expected WIDTHxHEIGHT such as 640x480; seen '640'"),
-    (['--size', '0x480'], "seen '0x480'"),
+    (['--size', '640'], "size '640': expected WIDTHxHEIGHT in px, 16 to 8192 each"),
+    (['--size', '8x480'], "size '8x480': expected WIDTHxHEIGHT"),
     (['--workspace', '0'], 'expected a whole number from 1 on'),
     (['--precision', 'int8'], 'invalid choice'),
     (['--optimisation-level', '9'], 'invalid choice')])

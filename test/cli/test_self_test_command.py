@@ -115,7 +115,7 @@ def test_mistakes_are_named(tmp_path, capsys):
     assert 'its folder does not exist' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         self_test('--size', '640')
-    assert 'expected WIDTHxHEIGHT such as 640x480' in capsys.readouterr().err
+    assert 'expected WIDTHxHEIGHT in px, 16 to 8192 each' in capsys.readouterr().err
 
 
 def test_a_damaged_shipped_reference_is_an_error(tmp_path, capsys):
