@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from flow_ros.apart import Message, serve_job, Tell
 from flow_ros.networks import create
-from flow_ros.runtimes.apart import Message, serve_job, Tell
 from flow_ros.runtimes.building import (
     build_engines,
     BuildRequest,

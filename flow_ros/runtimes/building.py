@@ -38,9 +38,9 @@ from typing import Any, Protocol
 import torch
 
 from flow_ros import __version__
+from flow_ros.apart import ChildDied, run_apart
 from flow_ros.networks import create, FlowNetwork, names, save
 from flow_ros.runtimes.acts import Act, record_acts
-from flow_ros.runtimes.apart import ChildDied, run_apart
 from flow_ros.runtimes.base import check_precision, RuntimeUnavailable
 from flow_ros.runtimes.cache import (
     digest_of,

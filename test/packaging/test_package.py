@@ -40,7 +40,7 @@ NODE_PATH = {'ops', 'networks', 'runtimes', 'streaming'}
 ALLOWED = {
     'ops': set(),
     'networks': {'ops'},
-    'runtimes': {'ops', 'networks'},
+    'runtimes': {'ops', 'networks', 'apart'},
     'streaming': {'ops', 'networks', 'runtimes'},
     'synthetic': {'ops'},
     'training': NODE_PATH | {'synthetic', 'evaluation', 'flow_io', 'visualization'},
@@ -50,6 +50,7 @@ ALLOWED = {
     'flow_io': set(),
     'visualization': set(),
     'environment': set(),
+    'apart': set(),
     'sources': {'synthetic'},
 }
 ROS = {'rclpy', 'sensor_msgs', 'std_msgs', 'diagnostic_msgs', 'rcl_interfaces',

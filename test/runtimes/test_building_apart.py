@@ -62,7 +62,7 @@ WORKER = """
     import os, signal, sys
     from building_tools import Tools
     from flow_ros.runtimes import build_worker, building
-    from flow_ros.runtimes.apart import serve_job
+    from flow_ros.apart import serve_job
 
     MODE = {mode!r}
     tools = Tools()

@@ -21,11 +21,11 @@ import time
 
 import pytest
 
-from flow_ros.runtimes.apart import ChildDied, run_apart
+from flow_ros.apart import ChildDied, run_apart
 
 WORKERS = """
     import ctypes, os, signal, sys, time
-    from flow_ros.runtimes.apart import serve_job
+    from flow_ros.apart import serve_job
 
     def work(job, tell):
         print('a library prints')
