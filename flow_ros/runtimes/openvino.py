@@ -18,6 +18,7 @@ from collections import OrderedDict
 import logging
 from pathlib import Path
 import tempfile
+import threading
 from typing import Any
 import warnings
 
@@ -47,7 +48,7 @@ class OpenVinoRuntime:
     goes to the folder ``cache`` (default: ``cache_directory()``). Tensors are handed over
     without a copy where they are contiguous, and every call writes into memory of its own, so
     no act copies what the one before it computed. The network's parameters take no gradients
-    afterwards.
+    afterwards. Threads may share a runtime: they take turns at each engine.
 
     ``arithmetic`` is what convolutions and products are computed in: 'f32', or, with precision
     'fast', what OpenVINO finds fastest here ('bf16' where the CPU has it, 'f16' on some ARM,
@@ -73,17 +74,28 @@ class OpenVinoRuntime:
         if directory is not None:
             self._config['CACHE_DIR'] = str(directory)
         self._engines: OrderedDict[tuple[str, Signature], _Engine] = OrderedDict()
+        self._lock = threading.Lock()  # of the engines above
+        self._one_compile = threading.Lock()
 
     def call(self, engine: str, /, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run one engine, compiling it first where this shape is new."""
         key = (engine, tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
-        compiled = self._engines.get(key)
+        compiled = self._known(key)
         if compiled is None:
-            compiled = self._engines[key] = self._compile(engine, tensors)
-            if len(self._engines) > _MOST_ENGINES:
-                self._engines.popitem(last=False)
-        self._engines.move_to_end(key)
+            with self._one_compile:  # others' engines go on meanwhile
+                compiled = self._known(key) or self._compile(engine, tensors)
+                with self._lock:
+                    self._engines[key] = compiled
+                    if len(self._engines) > _MOST_ENGINES:
+                        self._engines.popitem(last=False)
         return compiled.run(tensors)
+
+    def _known(self, key: tuple[str, Signature]) -> '_Engine | None':
+        with self._lock:
+            compiled = self._engines.get(key)
+            if compiled is not None:
+                self._engines.move_to_end(key)
+            return compiled
 
     def loop(self, state: State, lap: Lap | None = None) -> tuple[State, FlowOutput]:
         """Do the steps of ``state`` and finish."""
@@ -135,6 +147,7 @@ class _Engine:
 
     def __init__(self, compiled: Any, count: int) -> None:
         self._request = compiled.create_infer_request()
+        self._lock = threading.Lock()  # what is bound is the request's
         self._outputs = [(tuple(port.shape), _torch_type(port.element_type.to_dtype()))
                          for port in compiled.outputs[:count]]
 
@@ -142,14 +155,15 @@ class _Engine:
         # New memory for each result: features outlive the call by a frame.
         outputs = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs)
         inputs = [tensor.detach().contiguous() for tensor in tensors]  # alive until infer ends
-        for index, tensor in enumerate(inputs):
-            self._request.set_input_tensor(index, _shared(tensor))
-        for index, tensor in enumerate(outputs):
-            self._request.set_output_tensor(index, _shared(tensor))
-        try:
-            self._request.infer()
-        except RuntimeError as error:
-            raise EngineFault(f'OpenVINO failed: {str(error).strip()}') from error
+        with self._lock:
+            for index, tensor in enumerate(inputs):
+                self._request.set_input_tensor(index, _shared(tensor))
+            for index, tensor in enumerate(outputs):
+                self._request.set_output_tensor(index, _shared(tensor))
+            try:
+                self._request.infer()
+            except RuntimeError as error:
+                raise EngineFault(f'OpenVINO failed: {str(error).strip()}') from error
         return outputs
 
 

@@ -16,6 +16,7 @@
 
 from pathlib import Path
 import sys
+import threading
 
 import pytest
 import torch
@@ -146,6 +147,34 @@ def test_threads_are_those_asked_for(threads):
     compiled = engine._request.get_compiled_model()
     assert compiled.get_property('INFERENCE_NUM_THREADS') == threads
     assert compiled.get_property('NUM_STREAMS') == 1
+
+
+def test_threads_share_a_runtime():
+    """Streams of one process do: each has the results of its own frames."""
+    network = create('dip_rt', 'default')
+    runtime = create_runtime('openvino', network, threads=1)
+    torch.manual_seed(0)
+    images = [255 * torch.rand(1, 3, 96, 128) for _ in range(4)]
+    with torch.inference_mode():
+        wanted = [network.engine('encode', image) for image in images]
+    wrong = []
+
+    def work(number):
+        try:
+            for _ in range(10):
+                for seen, expected in zip(runtime.call('encode', images[number]),
+                                          wanted[number]):
+                    torch.testing.assert_close(seen, expected, rtol=1e-3, atol=1e-3)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(runtime._engines) == 1
 
 
 def test_a_failure_of_openvino_is_a_fault_of_the_engine():
