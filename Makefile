@@ -1,5 +1,5 @@
 # Each of these is one command on a fresh machine with Python (venv) and make.
-#   make setup   .venv with everything pinned, once
+#   make setup   .venv with everything pinned, once   SYSTEM_TORCH=1   with the system's own torch
 #   make run     an image source, the flow node, a consumer and a preview, over real DDS
 #   make test    all the tests          TESTS=test/run   one part of them
 #   make lint    style and types        make types       types alone
@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODE := $(if $(and $(ROS_DISTRO),$(AMENT_PREFIX_PATH)),$(ROS_DISTRO),pip)
-STAMP := $(VENV)/.setup-$(MODE)
+STAMP := $(VENV)/.setup-$(MODE)$(if $(SYSTEM_TORCH),-system)
 
 # make run: what is not given is left to `flow_ros run`, which explains them all (--help).
 RUN_OPTIONS = \
@@ -31,7 +31,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): $(wildcard requirements*.txt) constraints.txt setup.py .ci/setup
-	PYTHON='$(PYTHON)' .ci/setup
+	PYTHON='$(PYTHON)' SYSTEM_TORCH='$(SYSTEM_TORCH)' .ci/setup
 	@touch $@
 
 run: setup

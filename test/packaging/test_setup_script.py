@@ -46,14 +46,18 @@ class Machine:
     def package(self, name, text=''):
         (self.site / f'{name}.py').write_text(text)
 
-    def plan(self):
-        """Return what the dry run says: lines of text, and the packages that are installed."""
+    def dry_run(self, system_torch=''):
         environment = {key: value for key, value in os.environ.items()
                        if key not in ('ROS_DISTRO', 'AMENT_PREFIX_PATH', 'PYTHONPATH')}
-        done = subprocess.run(
+        return subprocess.run(
             [str(ROOT / '.ci' / 'setup'), '--dry-run'], capture_output=True, text=True,
-            timeout=60, check=True, env={**environment, 'PYTHON': str(self.python),
-                                         'FLOW_ROS_ROOT': str(self.root)})
+            timeout=60, env={**environment, 'PYTHON': str(self.python),
+                             'FLOW_ROS_ROOT': str(self.root), 'SYSTEM_TORCH': system_torch})
+
+    def plan(self, system_torch=''):
+        """Return what the dry run says: lines of text, and the packages that are installed."""
+        done = self.dry_run(system_torch)
+        assert done.returncode == 0, done.stderr
         packages = {line.removeprefix('install: ').split('=')[0]
                     for line in done.stdout.splitlines() if line.startswith('install: ')}
         assert {'safetensors', 'onnx', 'pytest', 'rich'} <= packages
@@ -69,7 +73,7 @@ def numpy(version):
     return f'__version__ = "{version}"\n'
 
 
-TORCH = 'class version:\n    cuda = {cuda!r}\n'
+TORCH = '__version__ = "2.11.0"\n\n\nclass version:\n    cuda = {cuda!r}\n'
 
 
 def test_a_plain_machine_gets_everything_pinned_in_a_venv_of_its_own(machine):
@@ -110,10 +114,30 @@ def test_on_a_jetson_without_torch_what_to_do_is_said(machine):
     assert packages == set()
 
 
-def test_a_python_with_a_cuda_torch_keeps_it(machine):
+def test_a_torch_that_lies_around_decides_nothing(machine):
+    machine.package('torch', TORCH.format(cuda='11.7').replace('2.11', '1.13'))
+    machine.package('tensorrt')
+    machine.package('numpy', numpy('1.26.4'))
+    said, packages = machine.plan()
+    assert 'venv: isolated' in said and '-r requirements-numpy2.txt' in said
+    assert packages == {'torch', 'tensorrt-rtx'}
+    assert 'has TensorRT of its own, which .venv will not see' in said
+    said, packages = machine.plan('1')
+    assert packages == set()
+    assert 'is older than 2.11, which flow_ros needs' in said
+
+
+def test_the_systems_own_must_be_there_when_asked_for(machine):
+    done = machine.dry_run('1')
+    assert done.returncode == 1
+    assert 'has neither a torch with CUDA nor TensorRT' in done.stderr
+
+
+def test_a_python_with_a_cuda_torch_keeps_it_when_asked_to(machine):
     machine.package('torch', TORCH.format(cuda='13.0'))
     machine.package('numpy', numpy('2.5.2'))
-    said, packages = machine.plan()
+    said, packages = machine.plan('1')
+    assert 'older than' not in said
     assert 'has a torch with CUDA: what it has of torch and TensorRT is used' in said
     assert 'venv: --system-site-packages' in said
     assert '-r requirements-numpy2.txt' in said
@@ -123,7 +147,7 @@ def test_a_python_with_a_cuda_torch_keeps_it(machine):
 @pytest.mark.parametrize('name', ['tensorrt', 'tensorrt_rtx'])
 def test_a_python_with_tensorrt_alone_keeps_it_and_gets_torch(machine, name):
     machine.package(name)
-    said, packages = machine.plan()
+    said, packages = machine.plan('1')
     assert 'has TensorRT' in said
     assert 'venv: --system-site-packages' in said
     assert packages == {'torch'}
