@@ -257,16 +257,19 @@ class Cuda:
     def __init__(self, monkeypatch, fails):
         self.current = 'default'
         self.fails = fails
+        self.log = log = []
+
+        class Stream(str):
+            def __new__(cls, name):
+                return super().__new__(cls, name)
+
+            def wait_stream(self, other):
+                log.append(f'{self} waits for {other}')
+
+        self.Stream = Stream
         for name in ('current_stream', 'set_stream', 'stream', 'Stream', 'graph', 'CUDAGraph',
                      'device', 'graph_pool_handle'):
             monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-
-    class Stream(str):
-        def __new__(cls, name):
-            return super().__new__(cls, name)
-
-        def wait_stream(self, other):
-            pass
 
     def current_stream(self):
         return self.Stream(self.current)
@@ -312,6 +315,31 @@ def test_the_callers_stream_is_the_current_one_after_a_capture(monkeypatch, fail
     else:
         assert device.capture(lambda: streams.append(cuda.current), list) == ('graph', [])
     assert streams == ['graphs']
+    assert cuda.current == 'default'
+
+
+def test_a_replay_is_in_step_with_the_callers_stream(monkeypatch):
+    """Results are of the caller's stream; all that the graph touches is of its own."""
+    cuda = Cuda(monkeypatch, False)
+    device = CudaGraphDevice('graphs')
+    cuda.log.clear()
+
+    class Graph:
+        def replay(self):
+            cuda.log.append(f'replay on {cuda.current}')
+            output.copy_(3 * buffer)
+
+    given, output = torch.rand(4, 6).t(), torch.zeros(6, 4)
+    buffer, = device.buffers([given])
+    assert cuda.log == ['graphs waits for default', 'default waits for graphs']
+    assert buffer.data_ptr() != given.data_ptr()
+    cuda.log.clear()
+    fresh = torch.rand(6, 4)
+    result, = device.replay(Graph(), [buffer], [fresh], [output])
+    assert cuda.log == ['graphs waits for default', 'replay on graphs',
+                        'default waits for graphs']
+    torch.testing.assert_close(result, 3 * fresh)
+    assert result.data_ptr() != output.data_ptr()
     assert cuda.current == 'default'
 
 

@@ -15,7 +15,7 @@
 """The TensorRT runtime on a fake of TensorRT that computes with torch; no GPU, no TensorRT."""
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 import logging
 import threading
@@ -180,6 +180,61 @@ def test_a_dynamic_plan_follows_the_size(network):
         for act in made.acts[:2]:
             agree(runtime, act, inputs(act, factor, factor))
     assert [engine.contexts for engine in made.engines.values()][:2] == [1, 1]
+
+
+def test_a_shape_that_is_refused_half_way_is_set_again(network, monkeypatch):
+    """The context then has shapes of two frames."""
+    made = Made(network, dynamic=True)
+    runtime = made.runtime()
+    act = next(act for act in made.acts if act.engine == 'step')
+    agree(runtime, act, inputs(act))
+    take = FakeContext.set_input_shape
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeContext, 'set_input_shape', lambda self, name, shape: (
+            name != act.inputs[-1].name and take(self, name, shape)))
+        with pytest.raises(EngineFault, match=r'shape \(1, 2, .*\) of flow refused'):
+            runtime.call(act.engine, *inputs(act, factor=2))
+    agree(runtime, act, inputs(act))
+
+
+def test_inputs_are_aligned_and_copied_only_where_they_must(network):
+    """TensorRT wants addresses that are multiples of 256, and says so only by failing."""
+    act = record_acts(network, width=WIDTH, height=HEIGHT)[0]
+    binding = tensorrt._Binding(act.inputs[0].name, torch.float32, act.inputs[0].shape,
+                                act.inputs[0].shape, act.inputs[0].shape)
+    memory = torch.rand(2 * 3 * HEIGHT * WIDTH + 256)
+    first = -memory.data_ptr() % 256 // 4
+    for shift in (0, 1, 32, 64):
+        tensor = memory[first + shift:][:3 * HEIGHT * WIDTH].view(act.inputs[0].shape)
+        bindable = tensorrt._bindable(tensor, binding, torch.device('cpu'))
+        assert torch.equal(bindable, tensor)
+        assert (bindable.data_ptr() == tensor.data_ptr()) is (shift in (0, 64))
+
+
+@pytest.mark.parametrize('default', [True, False])
+def test_the_default_stream_and_the_engines_wait_for_each_other(monkeypatch, default):
+    """On any other stream the engine runs on that one, and nothing waits."""
+    log = []
+
+    class Stream:
+        def __init__(self, handle):
+            self.cuda_stream = handle
+
+        def wait_stream(self, other):
+            log.append((self.cuda_stream, other.cuda_stream))
+
+    current = Stream(0 if default else 5)
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda device: Stream(9))
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device=None: current)
+    monkeypatch.setattr(torch.cuda, 'device', lambda device: nullcontext())
+    streams = tensorrt.CudaStreams(torch.device('cuda:0'))
+    with streams.turn() as stream:
+        assert not log
+        with pytest.raises(ZeroDivisionError), streams.in_step(stream):
+            log.append('runs')
+            raise ZeroDivisionError
+    assert stream == (9 if default else 5)
+    assert log == ([(9, 0), 'runs', (0, 9)] if default else ['runs'])
 
 
 def test_a_shape_without_a_plan_is_named(network):
