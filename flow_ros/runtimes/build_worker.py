@@ -29,6 +29,7 @@ from flow_ros.runtimes.building import (
     EngineProgress,
     FAILURES,
     Gpu,
+    pass_on,
 )
 from flow_ros.runtimes.cache import EngineCache
 from flow_ros.runtimes.export import SizeRange
@@ -53,11 +54,14 @@ def work(job: Message, tell: Tell) -> None:
         tell({'progress': asdict(seen)})
         return True
 
+    request = request_of(job['request'])
     try:
-        build_engines(network, request_of(job['request']),
-                      installation=Installation(**job['installation']),
-                      gpu=None if job['gpu'] is None else Gpu(**job['gpu']),
-                      cache=EngineCache(Path(job['cache']), say), progress=progress, say=say)
+        engines = build_engines(network, request,
+                                installation=Installation(**job['installation']),
+                                gpu=None if job['gpu'] is None else Gpu(**job['gpu']),
+                                cache=EngineCache(Path(job['cache']), say), progress=progress,
+                                say=say)
+        pass_on(engines, network, request, Path(job['unkept']))
     except FAILURES as error:
         tell({'error': [type(error).__name__, str(error)]})
 

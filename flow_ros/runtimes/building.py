@@ -26,7 +26,7 @@ serves (``reference.compare``), whatever its age.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 import hashlib
 import inspect
 from pathlib import Path
@@ -314,19 +314,32 @@ def build_engines_apart(network: FlowNetwork, request: BuildRequest, *,
             weights = Path(folder) / 'network.safetensors'
             if not _goes_by_file(network, weights):
                 return job.run(progress)
-            if not cache.writable():  # then the plans come by another folder
-                job.cache = EngineCache(Path(folder) / 'cache', say)
+            unkept = EngineCache(Path(folder) / 'unkept', lambda level, text: None)
             _run_worker(worker, {
                 'network': network.name, 'weights': str(weights), 'request': asdict(request),
                 'installation': asdict(installation), 'gpu': None if gpu is None else asdict(gpu),
-                'cache': str(job.cache.directory.absolute()),
+                'cache': str(cache.directory.absolute()), 'unkept': str(unkept.directory),
                 'device': None if device is None else str(device)}, progress, say)
-            engines = job.run(progress)
+            job.remember(unkept)
+            if not job.complete():
+                say('warning', f'engines that were built did not find room in {folder}: they are '
+                               f'built again in this process, which may be slow meanwhile')
+            return job.run(progress)
     except OSError as error:  # no room for as much as the weights
         say('warning', f'engines are built in this process, which may be slow meanwhile: {error}')
-        job.cache = cache
         return job.run(progress)
-    return engines if job.cache is cache else job.kept_by(cache, engines)
+
+
+def pass_on(engines: BuiltEngines, network: FlowNetwork, request: BuildRequest,
+            folder: Path) -> None:
+    """Write to ``folder`` what the cache could not keep of ``engines``, for another process."""
+    unkept = EngineCache(folder, lambda level, text: None)
+    inputs = _export_inputs(network, request)
+    for act, record in zip(engines.acts, engines.records):
+        if record.folder is None:
+            unkept.put_record('exports', _export_digest(act, inputs),
+                              record.key.onnx_sha256.encode())
+            unkept.put(record.key, engines.plans[act.name], {})
 
 
 def make_runtime(network: FlowNetwork, request: BuildRequest, *, device: torch.device,
@@ -485,15 +498,17 @@ class _Job:
         """Tell whether every plan is in the cache; says nothing about those that are not."""
         return not any(self._look_up(act, quiet=True) for act in self.acts)
 
-    def kept_by(self, cache: EngineCache, engines: BuiltEngines) -> BuiltEngines:
-        """Give to ``cache`` what came by another one; return the engines as it has them."""
-        for act, record in zip(engines.acts, engines.records):
-            cache.put_record('exports', _export_digest(act, self.inputs),
-                             record.key.onnx_sha256.encode())
-            cache.put(record.key, engines.plans[act.name], {'network': self.network.name},
-                      title=self._title(act))
-        records = tuple(replace(record, folder=None) for record in engines.records)
-        return replace(engines, records=records)
+    def remember(self, other: EngineCache) -> None:
+        """Take what ``pass_on`` has written from there, as its folder goes away."""
+        for act in self.acts:
+            export = _export_digest(act, self.inputs)
+            model = other.get_record('exports', export)
+            if model is None:
+                continue
+            key = self._key(act, model.decode())
+            plan = other.get(key, quiet=True)
+            if plan is not None:
+                self.cache.remember(key, plan, 'exports', export, model)
 
     def run(self, progress: Progress | None) -> BuiltEngines:
         """Look everything up, then build what is missing."""

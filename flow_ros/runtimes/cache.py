@@ -204,6 +204,11 @@ class EngineCache:
         self._plans.pop(key.digest, None)
         return True
 
+    def remember(self, key: PlanKey, plan: bytes, kind: str, name: str, record: bytes) -> None:
+        """Keep ``plan`` and the record that leads to it in memory only: the disk has no room."""
+        self._plans[key.digest] = plan
+        self._records[kind, name] = record
+
     def drop(self, key: PlanKey) -> None:
         """Forget the plan of ``key``: whoever it was for did not take it."""
         self._plans.pop(key.digest, None)

@@ -68,6 +68,7 @@ class Tools:
         self.exported: list[str] = []
         self.built: list[str] = []
         self.timing: list[bytes | None] = []
+        self.padding = b''
 
     def export(self, network: FlowNetwork, act: Any, *, dynamic: bool = False) -> bytes:
         self.exported.append(act.name)
@@ -83,8 +84,8 @@ class Tools:
                 raise BuildCancelled('as asked')
         self.built.append(name.split()[1])
         self.timing.append(timing_cache)
-        return BuiltPlan(plan=b'plan of ' + model, timing_cache=b'%d' % len(self.built),
-                         seconds=0.0, layers=1)
+        return BuiltPlan(plan=self.padding + b'plan of ' + model,
+                         timing_cache=b'%d' % len(self.built), seconds=0.0, layers=1)
 
 
 def network(seed: int = 0) -> FlowNetwork:

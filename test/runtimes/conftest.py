@@ -14,11 +14,46 @@
 
 """What the tests of runtimes share."""
 
+from collections.abc import Iterator
+from pathlib import Path
+import subprocess
+
+from building_tools import Said, Tools
 from exported import Exports
 import pytest
+
+from flow_ros.runtimes.cache import EngineCache
 
 
 @pytest.fixture(scope='session')
 def exports():
     """Give the exports of all networks, made once."""
     return Exports()
+
+
+@pytest.fixture
+def tools() -> Tools:
+    return Tools()
+
+
+@pytest.fixture
+def said() -> Said:
+    return Said()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, said: Said) -> EngineCache:
+    return EngineCache(tmp_path / 'cache', said)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 32 kB."""
+    folder = tmp_path / 'disk'
+    folder.mkdir()
+    mount = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=32k', 'tmpfs', str(folder)],
+                           capture_output=True, text=True, check=False)
+    if mount.returncode:
+        pytest.skip(f'cannot mount a small disk here: {mount.stderr.strip()}')
+    yield folder
+    subprocess.run(['umount', str(folder)], check=True)

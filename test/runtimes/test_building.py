@@ -14,7 +14,6 @@
 
 """Building engines, with an exporter and a builder of the test's own; see also the real ones."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 import os
@@ -32,7 +31,6 @@ from building_tools import (
     ORIN,
     remembered_acts,
     REQUEST,
-    Said,
     TENSORRT,
     Tools,
 )
@@ -67,21 +65,6 @@ def quickly(monkeypatch) -> None:
     """What is written here need not survive a power cut."""
     monkeypatch.setattr('flow_ros.runtimes.cache.os.fsync', lambda handle: None)
     monkeypatch.setattr(building, 'record_acts', remembered_acts)
-
-
-@pytest.fixture
-def tools() -> Tools:
-    return Tools()
-
-
-@pytest.fixture
-def said() -> Said:
-    return Said()
-
-
-@pytest.fixture
-def cache(tmp_path: Path, said: Said) -> EngineCache:
-    return EngineCache(tmp_path / 'cache', said)
 
 
 def test_what_is_built_is_not_built_again_nor_exported(tools, cache, said) -> None:
@@ -232,19 +215,6 @@ def test_without_a_cache_everything_works_from_memory(tools, tmp_path, said) -> 
     assert 'FLOW_ROS_CACHE' in warning and str(tmp_path / 'file') in warning
     assert build(tools, cache).plans == engines.plans
     assert tools.built == ACTS == tools.exported
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 32 kB."""
-    folder = tmp_path / 'disk'
-    folder.mkdir()
-    mount = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=32k', 'tmpfs', str(folder)],
-                           capture_output=True, text=True, check=False)
-    if mount.returncode:
-        pytest.skip(f'cannot mount a small disk here: {mount.stderr.strip()}')
-    yield folder
-    subprocess.run(['umount', str(folder)], check=True)
 
 
 def test_a_full_disk_is_a_warning(tools, tiny_disk, said) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import textwrap
 from typing import Any
 
-from building_tools import ACTS, network, ORIN, REQUEST, Said, TENSORRT, Tools
+from building_tools import ACTS, network, ORIN, REQUEST, Said, TENSORRT
 import pytest
 import torch
 
@@ -43,21 +43,6 @@ needs_tensorrt = pytest.mark.skipif(
     reason='TensorRT-RTX or onnxscript is not installed')
 
 
-@pytest.fixture
-def tools() -> Tools:
-    return Tools()
-
-
-@pytest.fixture
-def said() -> Said:
-    return Said()
-
-
-@pytest.fixture
-def cache(tmp_path: Path, said: Said) -> EngineCache:
-    return EngineCache(tmp_path / 'cache', said)
-
-
 WORKER = """
     import os, signal, sys
     from building_tools import Tools
@@ -75,6 +60,7 @@ WORKER = """
         if MODE == 'error' and 'step_8' in name:
             raise building.BuildError('step_8 has NoSuchOperator')
         print('what libraries print')
+        tools.padding = bytes(10_000 if MODE == 'large' else 0)
         return tools.build(model, name=name, progress=progress, **keywords)
 
     def build_engines(*arguments, **keywords):
@@ -135,6 +121,20 @@ def test_a_process_of_its_own_without_a_cache(tmp_path, said, worker) -> None:
     assert all(record.folder is None for record in engines.records)
     assert len(said) == 1 and 'FLOW_ROS_CACHE' in said.warnings[0]
     assert apart(cache, 'no_such_module', said).plans == engines.plans
+
+
+def test_a_disk_that_fills_up_under_a_process_of_its_own(
+        tiny_disk, said, worker, monkeypatch) -> None:
+    def never(*arguments: Any, **keywords: Any) -> Any:
+        pytest.fail('this was built in the other process')
+
+    monkeypatch.setattr(building, 'export_act', never)
+    engines = apart(EngineCache(tiny_disk / 'cache', said), worker('large'), said)
+    assert list(engines.plans) == ACTS
+    kept = [record.act for record in engines.records if record.folder is not None]
+    assert 0 < len(kept) < len(ACTS)
+    warning, = said.warnings
+    assert 'No space left' in warning and 'kept in memory only' in warning
 
 
 def test_networks_that_are_in_no_file_are_built_here(tools, cache, said, monkeypatch) -> None:

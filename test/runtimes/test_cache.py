@@ -14,7 +14,6 @@
 
 """The engine cache on real disks: also full ones, and with builders that are killed."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 import errno
 import json
@@ -179,19 +178,6 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path, said: Sa
     assert level == 'warning' and str(blocked) in text and 'set FLOW_ROS_CACHE' in text
     assert cache.get(KEY) == PLAN and cache.get_record('timing', 'a') == b'1'
     assert cache.entries() == [] and cache.clear() == 0
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 kB."""
-    folder = tmp_path / 'disk'
-    folder.mkdir()
-    mount = subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=64k', 'tmpfs', str(folder)],
-                           capture_output=True, text=True, check=False)
-    if mount.returncode:
-        pytest.skip(f'cannot mount a small disk here: {mount.stderr.strip()}')
-    yield folder
-    subprocess.run(['umount', str(folder)], check=True)
 
 
 def test_a_full_disk_leaves_nothing_broken(tiny_disk: Path, said: Said) -> None:
