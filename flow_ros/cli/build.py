@@ -30,12 +30,8 @@ if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is nee
     from rich.console import Console
 
     from flow_ros.networks import FlowNetwork
-    from flow_ros.runtimes.building import (
-        BuildRequest,
-        BuiltEngines,
-        EngineProgress,
-        Progress,
-    )
+    from flow_ros.runtimes.build_progress import EngineProgress, Progress
+    from flow_ros.runtimes.building import BuildRequest, BuiltEngines
     from flow_ros.runtimes.cache import EngineCache
 
 RUNTIMES = ('tensorrt', 'openvino')

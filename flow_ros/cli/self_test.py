@@ -232,7 +232,8 @@ def _tensorrt(network: 'FlowNetwork', precision: str, options: argparse.Namespac
     if not torch.cuda.is_available():
         raise RuntimeUnavailable(f'its engines run on a CUDA device, and torch '
                                  f'{torch.__version__} sees none')
-    from flow_ros.runtimes.building import BuildRequest, EngineProgress, make_runtime
+    from flow_ros.runtimes.build_progress import EngineProgress
+    from flow_ros.runtimes.building import BuildRequest, make_runtime
     from flow_ros.runtimes.export import ExportError
 
     def progress(seen: EngineProgress) -> bool:

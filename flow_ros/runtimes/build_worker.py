@@ -23,10 +23,10 @@ import torch
 
 from flow_ros.apart import Message, serve_job, Tell
 from flow_ros.networks import create
+from flow_ros.runtimes.build_progress import EngineProgress
 from flow_ros.runtimes.building import (
     build_engines,
     BuildRequest,
-    EngineProgress,
     FAILURES,
     Gpu,
     pass_on,

@@ -25,7 +25,7 @@ robot whose image has the plans needs no exporter. Every plan is checked numeric
 serves (``reference.compare``), whatever its age.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 import hashlib
 import inspect
@@ -42,6 +42,7 @@ from flow_ros.apart import ChildDied, run_apart
 from flow_ros.networks import create, FlowNetwork, names, save
 from flow_ros.runtimes.acts import Act, record_acts
 from flow_ros.runtimes.base import check_precision, RuntimeUnavailable
+from flow_ros.runtimes.build_progress import EngineProgress, in_words, Pace, Progress
 from flow_ros.runtimes.cache import (
     digest_of,
     EngineCache,
@@ -149,41 +150,6 @@ class BuildRequest:
 
 
 @dataclass(frozen=True)
-class EngineProgress:
-    """How far the whole build is; acts whose plans were in the cache are not counted.
-
-    ``phase`` is 'export', 'build', 'wait' (for another process that builds the same), 'done' or,
-    where no act is named, 'start' or 'check' (of all engines together). ``fraction``, 0..1 of
-    the whole, is never less than before. ``left_s`` is None as long as nothing tells it.
-    """
-
-    act: str
-    index: int
-    count: int
-    phase: str
-    fraction: float
-    elapsed_s: float
-    left_s: float | None
-
-    @property
-    def text(self) -> str:
-        """One phrase for logs: 'building step_8 (3 of 4): 45 %, about 40 s left'."""
-        if self.phase in {'start', 'check'}:
-            return 'starting to build' if self.phase == 'start' else 'checking the engines'
-        if self.phase == 'done':
-            return f'built {self.count} engines in {_seconds(self.elapsed_s)}'
-        verb = {'export': 'exporting', 'build': 'building'}.get(
-            self.phase, 'waiting for another process to build')
-        left = '' if self.left_s is None else f', about {_seconds(self.left_s)} left'
-        return (f'{verb} {self.act} ({self.index + 1} of {self.count}): '
-                f'{100 * self.fraction:.0f} %{left}')
-
-
-Progress = Callable[[EngineProgress], bool]
-"""Is told how far a build is; False ends it with BuildCancelled."""
-
-
-@dataclass(frozen=True)
 class EngineRecord:
     """What became of one act: ``seconds`` are those of export and build, 0 from the cache.
 
@@ -214,7 +180,7 @@ class BuiltEngines:
         """What was done, in one line."""
         built = [record.act for record in self.records if not record.cached]
         size = sum(record.size for record in self.records)
-        done = (f'built {", ".join(built)} in {_seconds(self.seconds)}' if built
+        done = (f'built {", ".join(built)} in {in_words(self.seconds)}' if built
                 else 'all engines were in the cache')
         return (f'{done}; {len(self.plans)} engines, {size / 1e6:.1f} MB, for '
                 f'{self.installation.text}, {self.gpu.text}')
@@ -401,7 +367,7 @@ def checked_runtime(network: FlowNetwork, request: BuildRequest, *, device: torc
     verdict = compare(runtime, reference, precision=request.precision)
     if not verdict.passed:
         raise EngineRefused(verdict.text)
-    say('info', f'{verdict.text}; it took {_seconds(time.monotonic() - start)}')
+    say('info', f'{verdict.text}; it took {in_words(time.monotonic() - start)}')
     return runtime
 
 
@@ -514,7 +480,7 @@ class _Job:
         """Look everything up, then build what is missing."""
         start = time.monotonic()
         todo = [each for each in map(self._look_up, self.acts) if each]
-        pace = _Pace([each.act.name for each in todo], progress)
+        pace = Pace([each.act.name for each in todo], progress)
         try:
             for index, each in enumerate(todo):
                 pace.start(index)
@@ -546,7 +512,7 @@ class _Job:
         self._keep(act, key, plan, cached=True, seconds=0.0)
         return None
 
-    def _make(self, todo: _Todo, pace: '_Pace') -> None:
+    def _make(self, todo: _Todo, pace: Pace) -> None:
         act, title = todo.act, todo.title
         lock = digest_of({'export': todo.export, 'tensorrt': self._tensorrt, 'gpu': self.gpu.name,
                           'flags': dict(self.request.options.flags())})
@@ -561,7 +527,7 @@ class _Job:
                     return
             self._build(todo, pace)
 
-    def _build(self, todo: _Todo, pace: '_Pace') -> None:
+    def _build(self, todo: _Todo, pace: Pace) -> None:
         act, title = todo.act, todo.title
         start = time.monotonic()
         pace.tell('export')
@@ -614,99 +580,11 @@ class _Job:
     def _tensorrt(self) -> str:
         return f'{self.installation.package} {self.installation.version}'
 
-    def _cancelled(self, pace: '_Pace') -> str:
+    def _cancelled(self, pace: Pace) -> str:
         kept = [record.act for record in self.records.values() if record.folder is not None]
         where = (f'{", ".join(kept)} kept in {self.cache.directory}: the next build goes on from '
                  f'there' if kept else 'nothing was finished before')
         return f'cancelled while {pace.text}; {where}'
-
-
-class _Pace:
-    """Tells how far a job is and how long the rest may take, from what its parts took so far."""
-
-    def __init__(self, names: Sequence[str], progress: Progress | None) -> None:
-        self._names = names
-        self._progress = progress
-        self._start = self._part = time.monotonic()
-        self._exports: list[float] = []
-        self._builds: list[float] = []
-        self._index = 0
-        self._phase = 'export'
-        self._fraction = 0.0
-
-    @property
-    def text(self) -> str:
-        """What is being done, in words."""
-        verb = {'export': 'exporting', 'build': 'building'}.get(self._phase, 'waiting for')
-        return f'{verb} {self._names[self._index]}'
-
-    def start(self, index: int) -> None:
-        """Begin with an act."""
-        self._index, self._phase = index, 'export'
-        self._part = time.monotonic()
-
-    def exported(self) -> None:
-        """Note how long the export took."""
-        now = time.monotonic()
-        self._exports.append(now - self._part)
-        self._part = now
-        self._phase = 'build'
-        self.tell('build')
-
-    def built(self) -> None:
-        """Note how long the builder took."""
-        self._builds.append(time.monotonic() - self._part)
-
-    def waiting(self, seconds: float) -> bool:
-        """Tell that another process has the lock; the form that ``EngineCache.lock`` asks."""
-        return self._tell('wait', 0.0, None)
-
-    def building(self, seen: BuildProgress) -> bool:
-        """Tell how far the builder is; the form that ``build_plan`` asks."""
-        return self._tell('build', seen.fraction, seen.left_s)
-
-    def tell(self, phase: str) -> None:
-        """Tell the phase; raises BuildCancelled where the listener has had enough."""
-        if not self._tell(phase, 0.0, None):
-            raise BuildCancelled(self.text)
-
-    def done(self) -> None:
-        """Tell that it is over; it is too late to cancel."""
-        self._fraction = 1.0
-        self._tell('done', 1.0, 0.0)
-
-    def _tell(self, phase: str, fraction: float, left_s: float | None) -> bool:
-        self._phase = phase
-        if self._progress is None:
-            return True
-        now = time.monotonic()
-        elapsed = now - self._start
-        count = len(self._names)
-        left = 0.0 if phase == 'done' else self._left(phase, now, left_s)
-        done = (self._index + 0.9 * fraction) / count if left is None or elapsed + left <= 0 \
-            else elapsed / (elapsed + left)
-        if phase != 'done':
-            # It may turn out slower than it looked; a bar that goes back tells nobody anything.
-            self._fraction = max(self._fraction, min(done, 0.99))
-        return self._progress(EngineProgress(
-            act=self._names[self._index], index=self._index, count=count, phase=phase,
-            fraction=self._fraction, elapsed_s=elapsed, left_s=left))
-
-    def _left(self, phase: str, now: float, left_s: float | None) -> float | None:
-        """Return the seconds left for the whole, None where nothing tells them yet."""
-        spent = now - self._part
-        if phase == 'build' and left_s is not None:
-            this, build = left_s, spent + left_s
-        elif self._builds:
-            build = sum(self._builds) / len(self._builds)
-            this = max(0.0, build - spent) if phase == 'build' else build
-        else:
-            return None
-        builds = [*self._builds, build]
-        if phase != 'build' and self._exports:
-            this += max(0.0, _mean(self._exports) - spent)
-        each = _mean(builds) + (_mean(self._exports) if self._exports else 0.0)
-        return this + each * (len(self._names) - self._index - 1)
 
 
 def _export_inputs(network: FlowNetwork, request: BuildRequest) -> dict[str, object]:
@@ -747,11 +625,3 @@ def _code_sha256(network: FlowNetwork) -> str:
 def _capability(gpu: Gpu) -> tuple[int, int]:
     major, _, minor = gpu.compute_capability.partition('.')
     return int(major), int(minor or 0)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _seconds(seconds: float) -> str:
-    return f'{seconds:.0f} s' if seconds < 90 else f'{seconds / 60:.0f} min'

@@ -52,7 +52,7 @@ class EngineRefused(RuntimeError):  # noqa: N818 -- a verdict, as it reads
 
 
 class Told(Protocol):
-    """How far the making of a runtime is (building.EngineProgress is one)."""
+    """How far the making of a runtime is (build_progress.EngineProgress is one)."""
 
     @property
     def text(self) -> str:

@@ -23,11 +23,11 @@ import torch
 from flow_ros.networks import create
 from flow_ros.networks.base import FlowNetwork
 from flow_ros.runtimes.acts import Act, record_acts
+from flow_ros.runtimes.build_progress import EngineProgress
 from flow_ros.runtimes.building import (
     build_engines,
     BuildRequest,
     BuiltEngines,
-    EngineProgress,
     Gpu,
 )
 from flow_ros.runtimes.cache import EngineCache

@@ -40,13 +40,13 @@ import torch
 from flow_ros.networks.base import FlowNetwork
 from flow_ros.runtimes import building
 from flow_ros.runtimes.base import RuntimeUnavailable
+from flow_ros.runtimes.build_progress import EngineProgress
 from flow_ros.runtimes.building import (
     build_engines,
     build_target,
     BuildRequest,
     BuiltEngines,
     checked_runtime,
-    EngineProgress,
     Gpu,
     make_runtime,
     PORTABLE,

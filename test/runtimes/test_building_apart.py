@@ -26,11 +26,11 @@ import torch
 
 from flow_ros.networks.base import FlowNetwork
 from flow_ros.runtimes import building
+from flow_ros.runtimes.build_progress import EngineProgress
 from flow_ros.runtimes.building import (
     build_engines,
     build_engines_apart,
     BuiltEngines,
-    EngineProgress,
     Gpu,
 )
 from flow_ros.runtimes.cache import EngineCache
