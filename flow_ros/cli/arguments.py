@@ -48,6 +48,14 @@ def positive(text: str) -> int:
     return value
 
 
+def check_json(path: Path | None) -> None:
+    """Find out before the work, not after it, that --json cannot be written; CommandError."""
+    if path is not None and not path.resolve().parent.is_dir():
+        raise CommandError(f'--json {path}: its folder does not exist')
+    if path is not None and path.is_dir():
+        raise CommandError(f'--json {path} is a folder; expected a file')
+
+
 def named_network(name: str, weights: str | Path | None) -> 'FlowNetwork':
     """Return the network ``name``; raises CommandError where there is none."""
     from flow_ros.networks import create, WeightsError

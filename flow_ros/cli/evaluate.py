@@ -22,7 +22,7 @@ from typing import Any, TYPE_CHECKING
 
 from flow_ros import __version__
 from flow_ros.cli import CommandError
-from flow_ros.cli.arguments import positive
+from flow_ros.cli.arguments import check_json, positive
 
 if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is needed
     from flow_ros.evaluation import PairSource, Skipped
@@ -230,10 +230,7 @@ def _network(options: argparse.Namespace, name: str) -> tuple[Any, dict[str, Any
 
 def _check_writable(options: argparse.Namespace) -> None:
     """Find out before the work, not after it, that its results cannot be written."""
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        raise CommandError(f'--json {options.json}: its folder does not exist')
-    if options.json is not None and options.json.is_dir():
-        raise CommandError(f'--json {options.json} is a folder; expected a file')
+    check_json(options.json)
     if options.pictures is not None and options.pictures.exists() \
             and not options.pictures.is_dir():
         raise CommandError(f'--pictures {options.pictures} is a file; expected a folder')

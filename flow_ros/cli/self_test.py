@@ -27,7 +27,13 @@ from typing import Any, TYPE_CHECKING
 
 from flow_ros import __version__
 from flow_ros.cli import CommandError
-from flow_ros.cli.arguments import frame_size, named_network, positive, PRECISIONS
+from flow_ros.cli.arguments import (
+    check_json,
+    frame_size,
+    named_network,
+    positive,
+    PRECISIONS,
+)
 from flow_ros.cli.waiting import Waiting
 
 if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is needed
@@ -88,8 +94,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     messages = Console(stderr=True, highlight=False, soft_wrap=True)
-    if options.json is not None and not options.json.resolve().parent.is_dir():
-        raise CommandError(f'--json {options.json}: its folder does not exist')
+    check_json(options.json)
     rows: list[_Row] = []
     notes: list[str] = []
     for name in _names(options):

@@ -113,6 +113,8 @@ def test_mistakes_are_named(tmp_path, capsys):
     assert '--weights is for one network' in capsys.readouterr().err
     assert self_test('--network', 'mscsl', *TORCH, '--json', str(tmp_path / 'no' / 'a')) == 2
     assert 'its folder does not exist' in capsys.readouterr().err
+    assert self_test('--network', 'mscsl', *TORCH, '--json', str(tmp_path)) == 2
+    assert 'is a folder; expected a file' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         self_test('--size', '640')
     assert 'expected WIDTHxHEIGHT in px, 16 to 8192 each' in capsys.readouterr().err
