@@ -28,7 +28,6 @@ from onnx import helper, TensorProto
 import pytest
 import torch
 
-from flow_ros.runtimes import tensorrt
 from flow_ros.runtimes.base import RuntimeUnavailable
 from flow_ros.runtimes.tensorrt import (
     build_plan,
@@ -36,14 +35,16 @@ from flow_ros.runtimes.tensorrt import (
     BuildError,
     BuildOptions,
     find_tensorrt,
+    finding,
     Installation,
     Meter,
     missing_tensorrt,
     PlanError,
-    read_grid_samples,
+    plans,
     refuses_gpu,
     TensorRtRuntime,
 )
+from flow_ros.runtimes.tensorrt.plans import read_grid_samples
 
 torch.set_num_threads(1)
 
@@ -207,9 +208,9 @@ class SpiedBuilder:
 @pytest.fixture
 def spied(monkeypatch):
     """Give the library of this process; its ``api`` keeps the networks and configurations."""
-    library, _ = tensorrt._search()
+    library, _ = finding.search()
     library = replace(library, api=Spy(library.api))
-    monkeypatch.setattr(tensorrt, '_search', lambda: (library, ''))
+    monkeypatch.setattr(finding, 'search', lambda: (library, ''))
     return library
 
 
@@ -257,7 +258,7 @@ def test_what_the_library_does_not_make_is_a_build_error(spied, monkeypatch, wha
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')  # it is none in TensorRT
 def test_the_timing_cache_goes_round(spied, monkeypatch, caplog):
     assert build(doubling()).timing_cache is None  # TensorRT-RTX has none
-    monkeypatch.setattr(tensorrt, '_search', lambda: (
+    monkeypatch.setattr(finding, 'search', lambda: (
         replace(spied, installation=Installation('tensorrt', '10.3.0')), ''))
     first = build(doubling()).timing_cache
     assert first
@@ -399,7 +400,7 @@ def test_a_grid_sample_that_reads_back_as_nearest_is_refused():
 def test_a_grid_sample_that_reads_back_otherwise_is_refused(said, monkeypatch):
     """As if TensorRT had read the graph wrongly: the graph says one thing, the layer another."""
     asked = read_grid_samples(sampling(**said))
-    monkeypatch.setattr(tensorrt, 'read_grid_samples', lambda model: asked)
+    monkeypatch.setattr(plans, 'read_grid_samples', lambda model: asked)
     with pytest.raises(BuildError, match="reads the GridSample 'warp' with .*True, 'CLAMP'.*, "
                                          'expected '):
         build(sampling())
@@ -408,11 +409,11 @@ def test_a_grid_sample_that_reads_back_otherwise_is_refused(said, monkeypatch):
 @needs_tensorrt
 def test_a_grid_sample_that_is_not_there_is_missed(monkeypatch):
     asked = read_grid_samples(sampling())
-    monkeypatch.setattr(tensorrt, 'read_grid_samples',
+    monkeypatch.setattr(plans, 'read_grid_samples',
                         lambda model: asked | {'other': asked['warp']})
     with pytest.raises(BuildError, match='made 1 layers of 2 GridSample nodes'):
         build(sampling())
-    monkeypatch.setattr(tensorrt, 'read_grid_samples', lambda model: None)  # onnx is not there
+    monkeypatch.setattr(plans, 'read_grid_samples', lambda model: None)  # onnx is not there
     assert build(sampling()).plan
 
 
@@ -574,8 +575,8 @@ def packages(monkeypatch, loads):
         return loads[package]
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensorrt, 'find_spec', lambda name: name in loads or None)
-        patch.setattr(tensorrt, '_load', load)
+        patch.setattr(finding, 'find_spec', lambda name: name in loads or None)
+        patch.setattr(finding, '_load', load)
         yield
 
 
@@ -587,7 +588,7 @@ class Stub:
 
 def test_tensorrt_comes_before_tensorrt_rtx(monkeypatch):
     monkeypatch.delenv('FLOW_ROS_TENSORRT', raising=False)
-    both = {name: Stub(name) for name in tensorrt.PACKAGES}
+    both = {name: Stub(name) for name in finding.PACKAGES}
     with packages(monkeypatch, both):
         assert find_tensorrt() == Installation('tensorrt', '10.3.0')
         assert missing_tensorrt() == ''

@@ -28,10 +28,9 @@ import torch
 from torch import nn
 
 from flow_ros.networks import create
-from flow_ros.runtimes import tensorrt
 from flow_ros.runtimes.acts import record_acts
 from flow_ros.runtimes.base import EngineFault, RuntimeUnavailable
-from flow_ros.runtimes.tensorrt import PlanError, TensorRtRuntime, UnknownShape
+from flow_ros.runtimes.tensorrt import execution, PlanError, TensorRtRuntime, UnknownShape
 from flow_ros.runtimes.torch import TorchRuntime
 from flow_ros.streaming import Budget, FlowEstimator
 
@@ -200,13 +199,13 @@ def test_a_shape_that_is_refused_half_way_is_set_again(network, monkeypatch):
 def test_inputs_are_aligned_and_copied_only_where_they_must(network):
     """TensorRT wants addresses that are multiples of 256, and says so only by failing."""
     act = record_acts(network, width=WIDTH, height=HEIGHT)[0]
-    binding = tensorrt._Binding(act.inputs[0].name, torch.float32, act.inputs[0].shape,
+    binding = execution._Binding(act.inputs[0].name, torch.float32, act.inputs[0].shape,
                                 act.inputs[0].shape, act.inputs[0].shape)
     memory = torch.rand(2 * 3 * HEIGHT * WIDTH + 256)
     first = -memory.data_ptr() % 256 // 4
     for shift in (0, 1, 32, 64):
         tensor = memory[first + shift:][:3 * HEIGHT * WIDTH].view(act.inputs[0].shape)
-        bindable = tensorrt._bindable(tensor, binding, torch.device('cpu'))
+        bindable = execution._bindable(tensor, binding, torch.device('cpu'))
         assert torch.equal(bindable, tensor)
         assert (bindable.data_ptr() == tensor.data_ptr()) is (shift in (0, 64))
 
@@ -227,7 +226,7 @@ def test_the_default_stream_and_the_engines_wait_for_each_other(monkeypatch, def
     monkeypatch.setattr(torch.cuda, 'Stream', lambda device: Stream(9))
     monkeypatch.setattr(torch.cuda, 'current_stream', lambda device=None: current)
     monkeypatch.setattr(torch.cuda, 'device', lambda device: nullcontext())
-    streams = tensorrt.CudaStreams(torch.device('cuda:0'))
+    streams = execution.CudaStreams(torch.device('cuda:0'))
     with streams.turn() as stream:
         assert not log
         with pytest.raises(ZeroDivisionError), streams.in_step(stream):
@@ -339,7 +338,7 @@ def test_memory_is_in_the_order_of_the_callers_stream(network, monkeypatch, grap
         assert streams.stepping == stream_handle
         return run(self, stream_handle)
 
-    monkeypatch.setattr(tensorrt, '_bindable', bindable)
+    monkeypatch.setattr(execution, '_bindable', bindable)
     monkeypatch.setattr(FakeContext, 'set_tensor_address', address)
     monkeypatch.setattr(FakeContext, 'execute_async_v3', execute)
     runtime = made.runtime(streams=streams)
