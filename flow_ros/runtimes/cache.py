@@ -54,7 +54,8 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSU
 _POLL_S = 0.2
 _SAY_AFTER_S = 1.0
 """A lock that is held this long is held for a build, not for a look."""
-_SAY_EVERY_S = 5.0
+_SAY_EVERY_S = 60.0
+"""Who waits tells meanwhile how far it is."""
 
 Say = Callable[[str, str], None]
 """Takes a level ('info' or 'warning') and one line."""
@@ -245,10 +246,10 @@ class EngineCache:
              waiting: Waiting | None = None) -> Iterator[bool]:
         """Hold the lock ``name``, of which there is one for all processes.
 
-        While another one holds it a line says so every few seconds, with its process id, and
-        ``waiting`` is asked several times a second whether to go on; WaitCancelled is raised
-        where it says False. A killed process holds nothing. Yields False, without a lock, where
-        the file system has none: then the worst is that two build the same engine.
+        While another one holds it a line says so, with its process id, soon and then every
+        minute; ``waiting`` is asked several times a second whether to go on, and WaitCancelled
+        is raised where it says False. A killed process holds nothing. Yields False, without a
+        lock, where the file system has none: then the worst is that two build the same engine.
         """
         handle = self._locked(name, title, waiting)
         try:
@@ -445,6 +446,8 @@ def _try_lock(path: Path) -> int | None:
         except BlockingIOError:
             os.close(handle)
             return None
+        except FileNotFoundError:
+            pass  # removed in between: as above
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 return handle  # held, only without the number in it
