@@ -110,7 +110,7 @@ class FlowNode(Node):
         return ended and not self._worker.is_alive()
 
     def _say(self, level: str, text: str) -> None:
-        """Log what a runtime says, from whichever thread."""
+        """Log what a runtime says, from whichever thread, but nothing into a shutdown."""
         if not self.context.ok():
             return
         if level == 'warning':  # rclpy wants one level per line of code
@@ -215,8 +215,8 @@ class FlowNode(Node):
         start = time.perf_counter()
         self._estimator.prepare(frame.size[1], frame.size[0])
         self._prepared.add(frame.size)
-        self.get_logger().info(f'prepared for {frame.size[0]}x{frame.size[1]} px in '
-                               f'{time.perf_counter() - start:.1f} s')
+        self._say('info', f'prepared for {frame.size[0]}x{frame.size[1]} px in '
+                          f'{time.perf_counter() - start:.1f} s')
         return not self._mailbox.waiting
 
     def _refuse(self, reason: str, frame: Frame, max_gap_s: float) -> None:
