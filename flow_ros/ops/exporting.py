@@ -22,8 +22,12 @@ import torch
 
 
 def is_exporting() -> bool:
-    """Return True while ``torch.export`` records; not for a trace, nor for torch.compile."""
-    return torch.compiler.is_exporting()
+    """Return True while ``torch.export`` records; not for a trace, nor for torch.compile.
+
+    Before torch 2.7, which some Jetsons have, nothing can be exported: False.
+    """
+    asked = getattr(torch.compiler, 'is_exporting', None)
+    return asked is not None and bool(asked())
 
 
 def are_open(*sizes: object) -> bool:
