@@ -158,15 +158,16 @@ def _build_tensorrt(network: 'FlowNetwork', options: argparse.Namespace, cache: 
 def _check(network: 'FlowNetwork', request: 'BuildRequest', device: Any, cache: 'EngineCache',
            messages: 'Console') -> bool:
     """Run the engines against their reference; True where they pass."""
+    from flow_ros.runtimes.base import EngineFault
     from flow_ros.runtimes.building import checked_runtime
     from flow_ros.runtimes.handover import EngineRefused
-    from flow_ros.runtimes.tensorrt import PlanError
+    from flow_ros.runtimes.tensorrt import BuildError, PlanError
 
     try:
         with Waiting(messages, 'checking the engines'):
             checked_runtime(network, request, device=device, cache=cache,
                             say=lambda level, text: messages.print(text, markup=False))
-    except (PlanError, EngineRefused) as error:
+    except (BuildError, PlanError, EngineFault, EngineRefused) as error:
         print(f'check: {error}')
         return False
     return True

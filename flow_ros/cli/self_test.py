@@ -57,6 +57,10 @@ Ends with 1 where a runtime is refused. The last lines are what a bug report nee
 """
 
 
+class _NoEngines(Exception):  # noqa: N818 -- a verdict on one network, the others go on
+    """TensorRT's engines of a network cannot be had on this machine."""
+
+
 @dataclass(frozen=True)
 class _Row:
     """The verdict on one runtime of the network ``name``, and what it was compared with."""
@@ -97,13 +101,14 @@ def run(options: argparse.Namespace) -> int:
     check_json(options.json)
     rows: list[_Row] = []
     notes: list[str] = []
+    failures: list[str] = []
     for name in _names(options):
-        for row in _test(name, options, messages, notes):
+        for row in _test(name, options, messages, notes, failures):
             rows.append(row)
             if not row.verdict.passed:
                 messages.print(row.verdict.text, markup=False)
     _show(rows)
-    for note in notes:
+    for note in (*notes, *failures):
         print(note)
     machine = machine_facts()
     for label, value in machine.items():
@@ -111,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     refused = [row for row in rows if not row.verdict.passed]
     if options.json is not None:
         content = {'flow_ros': __version__, 'machine': machine, 'notes': notes,
-                   'passed': not refused,
+                   'failures': failures, 'passed': not refused and not failures,
                    'verdicts': [_as_dict(row) for row in rows]}
         try:
             options.json.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
@@ -119,9 +124,9 @@ def run(options: argparse.Namespace) -> int:
             raise CommandError(f'--json {options.json} cannot be written: {error.strerror}') \
                 from error
         print(f'numbers: {options.json}')
-    if refused:
-        print(f'self-test: {len(refused)} of {len(rows)} REFUSED; please report the lines '
-              f'above')
+    if refused or failures:
+        print(f'self-test: {len(refused) + len(failures)} of {len(rows) + len(failures)} '
+              f'REFUSED; please report the lines above')
         return 1
     print(f'self-test: all {len(rows)} passed')
     return 0
@@ -153,8 +158,8 @@ def machine_facts() -> dict[str, str]:
 
 
 def _test(name: str, options: argparse.Namespace, messages: 'Console',
-          notes: list[str]) -> Iterator['_Row']:
-    """Yield the verdicts on one network."""
+          notes: list[str], failures: list[str]) -> Iterator['_Row']:
+    """Yield the verdicts on one network; add to ``failures`` what cannot even be run."""
     import torch
 
     from flow_ros.runtimes.reference import compare, reference_for, shipped_reference
@@ -184,11 +189,16 @@ def _test(name: str, options: argparse.Namespace, messages: 'Console',
         for precision in dict.fromkeys(options.precisions or ['f32']):
             start = time.monotonic()
             what = f'{name}, {runtime_name} {precision}'
-            with Waiting(messages, what) as waiting:
-                runtime = _runtime(runtime_name, _network(name, options)[0], precision, options,
-                                   waiting)
-                waiting.text = what
-                verdict = compare(runtime, reference, precision=precision)
+            try:
+                with Waiting(messages, what) as waiting:
+                    runtime = _runtime(runtime_name, _network(name, options)[0], precision,
+                                       options, waiting)
+                    waiting.text = what
+                    verdict = compare(runtime, reference, precision=precision)
+            except _NoEngines as error:
+                failures.append(f'{what}: its engines cannot be had: {error}')
+                say(failures[-1])
+                continue
             yield _Row(name, 'torch on the CPU', verdict)
             say(f'{what}: '
                 f'{"passed" if verdict.passed else "REFUSED"} after '
@@ -230,7 +240,7 @@ def _tensorrt(network: 'FlowNetwork', precision: str, options: argparse.Namespac
     import torch
 
     from flow_ros.runtimes.base import EngineFault, RuntimeUnavailable
-    from flow_ros.runtimes.tensorrt import BuildError, find_tensorrt, missing_tensorrt
+    from flow_ros.runtimes.tensorrt import BuildError, find_tensorrt, missing_tensorrt, PlanError
 
     if find_tensorrt() is None:
         raise RuntimeUnavailable(missing_tensorrt())
@@ -248,9 +258,8 @@ def _tensorrt(network: 'FlowNetwork', precision: str, options: argparse.Namespac
     try:
         return make_runtime(network, BuildRequest(options.size, precision=precision),
                             device=torch.device(options.device or 'cuda'), progress=progress)
-    except (BuildError, ExportError, EngineFault) as error:
-        raise CommandError(f'--runtime tensorrt: the engines of {network.name} cannot be had: '
-                           f'{error}') from error
+    except (BuildError, ExportError, EngineFault, PlanError) as error:
+        raise _NoEngines(str(error)) from error
 
 
 def _show(rows: list['_Row']) -> None:

@@ -23,6 +23,7 @@ from torch.nn import functional
 from flow_ros.cli.main import main
 from flow_ros.networks import create, default_weights_path
 from flow_ros.networks.registry import save
+from flow_ros.runtimes.tensorrt import PlanError
 
 torch.set_num_threads(1)
 TORCH = ['--runtime', 'torch', '--device', 'cpu', '--size', '128x96']
@@ -102,6 +103,27 @@ def test_tensorrt_without_a_gpu_is_one_message(capsys):
     assert self_test('--network', 'mscsl', '--runtime', 'tensorrt', '--size', '128x96') == 2
     said = capsys.readouterr().err
     assert 'flow_ros self-test: error: --runtime tensorrt: ' in said
+
+
+def test_engines_that_cannot_be_had_are_a_verdict_and_the_others_go_on(
+        tmp_path, monkeypatch, capsys):
+    def none(network, *arguments, **keywords):
+        raise PlanError('the plan of encode is for another TensorRT')
+
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr('flow_ros.runtimes.tensorrt.find_tensorrt', lambda: True)
+    monkeypatch.setattr('flow_ros.runtimes.building.make_runtime', none)
+    monkeypatch.setattr('flow_ros.cli.self_test.machine_facts', dict)
+    file = tmp_path / 'numbers.json'
+    assert self_test('--network', 'mscsl', '--runtime', 'tensorrt', '--runtime', 'torch',
+                     '--device', 'cpu', '--size', '128x128', '--json', str(file)) == 1
+    out = capsys.readouterr().out
+    assert ('mscsl, tensorrt f32: its engines cannot be had: the plan of encode is for another '
+            'TensorRT') in out
+    assert 'self-test: 1 of 3 REFUSED' in out
+    content = json.loads(file.read_text())
+    assert not content['passed'] and len(content['failures']) == 1
+    assert [verdict['passed'] for verdict in content['verdicts']] == [True, True]
 
 
 def test_mistakes_are_named(tmp_path, capsys):
