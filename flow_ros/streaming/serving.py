@@ -62,7 +62,8 @@ class Serving:
         """
         if self._handover is None:
             return False
-        broken = (EngineFault, torch.AcceleratorError)
+        # Which older torch, as some Jetsons have it, does not know.
+        broken = (EngineFault, getattr(torch, 'AcceleratorError', EngineFault))
         if not isinstance(error, broken) and not self._handover.is_made(runtime):
             return False
         text = ' '.join(str(error).split()) or type(error).__name__

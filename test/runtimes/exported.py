@@ -27,6 +27,8 @@ NETWORKS = {
     'dip_rt': ('dip_rt', {}),
     'dip': ('dip', {}),
     'hd3': ('hd3', {}),
+    'hd3_compact': ('hd3', {'encoder': 'vgg', 'decoder_width': 64, 'context': False,
+                            'cost': 'sample', 'cues': True}),
     'hd3_iofpl': ('hd3', {'encoder': 'vgg', 'cost': 'sample', 'radius': 8, 'measure': 'sad',
                           'cues': True}),
     'mscsl': ('mscsl', {}),

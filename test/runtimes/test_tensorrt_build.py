@@ -21,7 +21,6 @@ import os
 import signal
 import threading
 
-from exported import NETWORKS
 from fake_cuda import FakeStreams
 import onnx
 from onnx import helper, TensorProto
@@ -92,7 +91,7 @@ SOME = {
     ('mscsl', 'f32', True): {'finish'}, ('mscsl', 'fast', False): {'step0'},
 }
 EVERYTHING = SOME | {(name, precision, dynamic): None
-                     for name in ('dip_rt', 'dip', 'hd3', 'mscsl')
+                     for name in ('dip_rt', 'dip', 'hd3', 'hd3_compact', 'mscsl')
                      for precision in ('f32', 'fast') for dynamic in (False, True)}
 WHICH = EVERYTHING if os.environ.get('FLOW_ROS_TEST_PLANS') else SOME
 """FLOW_ROS_TEST_PLANS=1, as in CI: every act of every network in every form, six minutes more."""
