@@ -26,7 +26,7 @@ import math
 import torch
 from torch import nn, Tensor
 
-from flow_ros.networks.base import FlowNetwork
+from flow_ros.networks.base import Call, FlowNetwork
 
 PRIOR_PX = 40.0
 """Of the warm start. Between it and a cold start, networks visit all of their levels."""
@@ -76,31 +76,37 @@ def signature_of(tensors: Sequence[Tensor]) -> Signature:
     return tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors)
 
 
+def run_acts(network: FlowNetwork, image: Tensor, call: Call) -> None:
+    """Give ``call`` each act that frames like ``image`` (1, 3, H, W) need, with its tensors.
+
+    Cold and, if the network accepts a prior, warm: each different step of both schedules is done
+    once, and the output taken after each, where a smaller budget would end.
+    """
+    priors: list[Tensor | None] = [None]
+    if network.accepts_prior:
+        priors.append(image.new_full((1, 2, *image.shape[-2:]), PRIOR_PX))
+    features = network.encode(image, call=call)
+    for prior in priors:
+        state = network.start(features, features, prior_flow=prior, call=call)
+        state = replace(state, schedule=tuple(dict.fromkeys(state.schedule)))
+        while state.schedule:
+            state = network.step(state, call=call)
+            network.finish(state, call=call)
+
+
 def record_acts(network: FlowNetwork, *, width: int, height: int,
                 dynamic: bool = False) -> tuple[Act, ...]:
     """Return the acts that frames of ``width`` x ``height`` px need, in the order of their use.
 
-    Cold and, if the network accepts a prior, warm; every step of both schedules and the output
-    after each, where a smaller budget would end. Shapes are those of a batch of one, types those
-    that ``network`` (see ``export.prepared``) computes in. With ``dynamic`` there is one act for
-    each engine, else one for each shape. Raises ValueError for a size below 1x1.
+    Shapes are those of a batch of one, types those that ``network`` (see ``export.prepared``)
+    computes in. With ``dynamic`` there is one act for each engine, else one for each shape.
+    Raises ValueError for a size below 1x1.
     """
     if min(width, height) < 1:
         raise ValueError(f'a frame has at least 1x1 px; seen {width}x{height}')
     recorder = _Recorder(network)
-    call = recorder.call
-    image = torch.zeros(1, 3, height, width)
-    priors: list[Tensor | None] = [None]
-    if network.accepts_prior:
-        priors.append(torch.full((1, 2, height, width), PRIOR_PX))
     with torch.inference_mode(False), torch.no_grad():
-        features = network.encode(image, call=call)
-        for prior in priors:
-            state = network.start(features, features, prior_flow=prior, call=call)
-            state = replace(state, schedule=tuple(dict.fromkeys(state.schedule)))
-            while state.schedule:
-                state = network.step(state, call=call)
-                network.finish(state, call=call)
+        run_acts(network, torch.zeros(1, 3, height, width), recorder.call)
     by_engine: dict[str, list[Act]] = {}
     for act in recorder.acts.values():
         by_engine.setdefault(act.engine, []).append(act)

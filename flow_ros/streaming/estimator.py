@@ -29,12 +29,13 @@ from torch import Tensor
 from flow_ros.networks import create
 from flow_ros.networks.base import Features, FlowNetwork, FlowOutput, State
 from flow_ros.runtimes import create_runtime, Runtime
+from flow_ros.runtimes.acts import run_acts
 from flow_ros.runtimes.cache import Say
 from flow_ros.streaming.budget import Budget
 from flow_ros.streaming.occlusion import check_consistency
 from flow_ros.streaming.result import FlowResult
 from flow_ros.streaming.scene_cut import explains, small_grey
-from flow_ros.streaming.serving import checked, run_acts, Serving
+from flow_ros.streaming.serving import checked, Serving
 from flow_ros.streaming.stopwatch import Stopwatch
 from flow_ros.streaming.warm_start import carry, FlowSamples, sample_flow
 
@@ -210,7 +211,8 @@ class FlowEstimator:
             while True:
                 runtime = self._serving.at(height, width)
                 try:
-                    return run_acts(runtime, height, width)
+                    image = torch.zeros(1, 3, height, width, device=runtime.device)
+                    return run_acts(runtime.network, image, runtime.call)
                 except Exception as error:
                     if not self._serving.replace(runtime, error):
                         raise

@@ -89,26 +89,5 @@ def checked(output: FlowOutput, runtime: Runtime) -> FlowOutput:
                    occlusion=_float(output.occlusion))
 
 
-def run_acts(runtime: Runtime, height: int, width: int) -> None:
-    """Run each engine once at this size, so that no frame waits for a compilation.
-
-    Each different step of the network's own schedules is done once, and the output taken after
-    each, where a smaller budget would end.
-    """
-    network, call = runtime.network, runtime.call
-    image = torch.zeros(1, 3, height, width, device=runtime.device)
-    priors: list[Tensor | None] = [None]
-    if network.accepts_prior:
-        # Between a cold start and one with a moderate prior, networks visit all levels.
-        priors.append(torch.full((1, 2, height, width), 40.0, device=runtime.device))
-    features = network.encode(image, call=call)
-    for prior in priors:
-        state = network.start(features, features, prior_flow=prior, call=call)
-        state = replace(state, schedule=tuple(dict.fromkeys(state.schedule)))
-        while state.schedule:
-            state = network.step(state, call=call)
-            network.finish(state, call=call)
-
-
 def _float(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.float()
