@@ -81,14 +81,13 @@ def test_f32_agrees_with_torch_to_a_hundredth_of_a_px(name):
     assert verdict.arithmetic == 'f32'
 
 
-def test_fast_keeps_coordinates_where_bf16_would_lose_them():
-    """Half of the pixels within 0.03 px: with coordinates in bf16 it was 0.1."""
-    runtime = create_runtime('openvino', create('dip_rt', 'default'), threads=1,
-                             precision='fast')
+@pytest.mark.parametrize(('name', 'size'), [('dip_rt', SIZE), ('hd3_compact', (256, 192))])
+def test_fast_keeps_coordinates_where_bf16_would_lose_them(name, size):
+    """Half of the pixels within 0.03 px, which coordinates in bf16 cannot keep."""
+    runtime = create_runtime('openvino', create(name, 'default'), threads=1, precision='fast')
     if runtime.arithmetic == 'f32':
         pytest.skip('this CPU has neither bf16 nor f16: fast is f32 here')
-    reference = make_reference(create('dip_rt', 'default'), *reference_pair(*SIZE),
-                               cases=CASES[::2])
+    reference = make_reference(create(name, 'default'), *reference_pair(*size), cases=CASES[::2])
     verdict = compare(runtime, reference)
     assert verdict.precision == 'fast'
     assert verdict.arithmetic == runtime.arithmetic
