@@ -462,7 +462,16 @@ def test_what_progress_raises_comes_out(capfd):
     assert 'Exception caught' not in capfd.readouterr().err  # TensorRT has not seen it
 
 
+@pytest.fixture
+def interruptible():
+    """Take SIGINT as a terminal's program does: what is started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @needs_tensorrt
+@pytest.mark.usefixtures('interruptible')
 @pytest.mark.parametrize('when', [0.0, 0.5, 1.0])
 def test_ctrl_c_ends_the_build_and_is_not_lost(when, capfd):
     """It comes while TensorRT runs, which would swallow it."""
