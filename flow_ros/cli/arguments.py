@@ -15,6 +15,8 @@
 """What several verbs take from the command line."""
 
 import argparse
+from collections.abc import Mapping
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +56,15 @@ def check_json(path: Path | None) -> None:
         raise CommandError(f'--json {path}: its folder does not exist')
     if path is not None and path.is_dir():
         raise CommandError(f'--json {path} is a folder; expected a file')
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write the numbers that --json asks for and say where; CommandError where it fails."""
+    try:
+        path.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
+    except OSError as error:
+        raise CommandError(f'--json {path} cannot be written: {error.strerror}') from error
+    print(f'numbers: {path}')
 
 
 def named_network(name: str, weights: str | Path | None) -> 'FlowNetwork':

@@ -16,13 +16,12 @@
 
 import argparse
 from collections.abc import Mapping
-import json
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from flow_ros import __version__
 from flow_ros.cli import CommandError
-from flow_ros.cli.arguments import check_json, positive
+from flow_ros.cli.arguments import check_json, positive, write_json
 
 if TYPE_CHECKING:  # nothing heavy is imported before it is known that it is needed
     from flow_ros.evaluation import PairSource, Skipped
@@ -133,12 +132,7 @@ def run(options: argparse.Namespace) -> int:
             content['networks'][name] = {**made[name][1], **numbers}
         content['skipped'] = [{'name': row.name, 'reason': row.reason}
                               for row in (*without_truth, *report.skipped)]
-        try:
-            options.json.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
-        except OSError as error:
-            raise CommandError(f'--json {options.json} cannot be written: {error.strerror}') \
-                from error
-        print(f'numbers: {options.json}')
+        write_json(options.json, content)
     if options.pictures is not None:
         print(f'pictures: {options.pictures}')
     return 1 if report.skipped else 0

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 import importlib.metadata
 import importlib.util
-import json
 from pathlib import Path
 import platform
 import time
@@ -33,6 +32,7 @@ from flow_ros.cli.arguments import (
     named_network,
     positive,
     PRECISIONS,
+    write_json,
 )
 from flow_ros.cli.waiting import Waiting
 
@@ -118,12 +118,7 @@ def run(options: argparse.Namespace) -> int:
         content = {'flow_ros': __version__, 'machine': machine, 'notes': notes,
                    'failures': failures, 'passed': not refused and not failures,
                    'verdicts': [_as_dict(row) for row in rows]}
-        try:
-            options.json.write_text(json.dumps(content, indent=1) + '\n', encoding='utf-8')
-        except OSError as error:
-            raise CommandError(f'--json {options.json} cannot be written: {error.strerror}') \
-                from error
-        print(f'numbers: {options.json}')
+        write_json(options.json, content)
     if refused or failures:
         print(f'self-test: {len(refused) + len(failures)} of {len(rows) + len(failures)} '
               f'REFUSED; please report the lines above')
