@@ -1,0 +1,71 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Frames to tensors and results to arrays: what a stream moves beside the network's work.
+
+On the CPU both ways are one vectorised pass of OpenCV: for bytes that lie pixel by pixel it is
+several times faster than torch's strided copies (`bench/node_cost.py --pieces`). Nothing here
+is used twice: a tensor may be kept by the network, an array by whoever takes the result.
+"""
+
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+import torch
+from torch import Tensor
+
+OCCLUDED = 0.5
+"""The probability of having no counterpart from which on a pixel counts as occluded."""
+
+
+def upload(frame: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """Return ``frame`` (H, W, 3) uint8 as (1, 3, H, W) float32 0..255, contiguous, on ``device``.
+
+    The frame may have any strides and be read-only. It travels to a GPU as bytes.
+    """
+    frame = np.ascontiguousarray(frame)
+    if device.type != 'cpu':
+        if not frame.flags.writeable:
+            frame = frame.copy()  # torch warns of memory that it could change
+        image = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None]
+        return image.to(torch.float32, memory_format=torch.contiguous_format)
+    planes = torch.empty((3, *frame.shape[:2]), dtype=torch.uint8)
+    cv2.split(frame, list(planes.numpy()))
+    return planes[None].to(torch.float32)
+
+
+def flow_array(flow: Tensor) -> NDArray[np.float32]:
+    """Return ``flow`` (2, H, W) as float32 (H, W, 2): always a copy, the receiver's own."""
+    flow = flow.float()
+    if flow.device.type != 'cpu':
+        result: NDArray[np.float32] = flow.permute(1, 2, 0).contiguous().cpu().numpy()
+        return result
+    return np.asarray(cv2.merge(list(flow.contiguous().numpy())), dtype=np.float32)
+
+
+def map_array(values: Tensor) -> NDArray[np.float32]:
+    """Return ``values`` (H, W) as float32; on the CPU the tensor's own memory where it can be."""
+    result: NDArray[np.float32] = values.float().contiguous().cpu().numpy()
+    return result
+
+
+def mask_array(probability: Tensor) -> NDArray[np.uint8]:
+    """Return uint8 (H, W): 255 where ``probability`` (H, W) is at least 1/2, else 0 (NaN too)."""
+    if probability.device.type != 'cpu':  # a byte a pixel to carry, not four
+        mask: NDArray[np.uint8] = ((probability >= OCCLUDED).to(torch.uint8) * 255).cpu().numpy()
+        return mask
+    above: Any = map_array(probability) >= np.float32(OCCLUDED)
+    return np.multiply(above, np.uint8(255), dtype=np.uint8)
