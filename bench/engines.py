@@ -113,9 +113,9 @@ class Compiled(TorchRuntime):
                                                    dynamic=False)
         return self._compiled[engine](*tensors)
 
-    def loop(self, state: State, lap: Any = None) -> Any:
+    def loop(self, state: State, lap: Any = None, control: Any = None) -> Any:
         """Do the steps of ``state`` and finish."""
-        return run_loop(self.network, state, self.call, lap)
+        return run_loop(self.network, state, self.call, lap, control)
 
 
 def network_for(name: str) -> tuple[FlowNetwork, bool]:

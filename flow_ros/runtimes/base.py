@@ -15,17 +15,31 @@
 """What every runtime offers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from flow_ros.networks.base import Call, FlowNetwork, FlowOutput, State
+from flow_ros.networks.base import Call, FlowNetwork, FlowOutput, State, Step
 
 PRECISIONS: tuple[str, ...] = ('f32', 'fast')
 
 Lap = Callable[[str], None]
 """Ends a part of the work that is timed; its argument names the part."""
+
+
+class Control(Protocol):
+    """Decides, while a loop runs, how far it goes."""
+
+    def __call__(self, before: State, after: State) -> tuple[Step, ...]:
+        """Return the steps still to do: those of ``after.schedule`` or some of them, in order.
+
+        Asked after each step, with the state before it and after it; () ends the loop. It may
+        be asked nothing at all: where the steps are one piece of work, as on CUDA, the schedule
+        they begin with is done as it is.
+        """
+        ...
 
 
 class RuntimeUnavailable(RuntimeError):  # noqa: N818 -- a state of the machine, as it reads
@@ -71,20 +85,24 @@ class Runtime(Protocol):
         """
         ...
 
-    def loop(self, state: State, lap: Lap | None = None) -> tuple[State, FlowOutput]:
+    def loop(self, state: State, lap: Lap | None = None,
+             control: Control | None = None) -> tuple[State, FlowOutput]:
         """Do all the steps of ``state.schedule``, then finish: the state after, the output.
 
         The results are the caller's own, as those of ``call``. ``lap`` is told 'steps' and
         'finish' as they end; where both are one piece of work, 'steps' once, after it.
+        ``control`` may leave out steps on the way.
         """
         ...
 
 
-def run_loop(network: FlowNetwork, state: State, call: Call,
-             lap: Lap | None = None) -> tuple[State, FlowOutput]:
+def run_loop(network: FlowNetwork, state: State, call: Call, lap: Lap | None = None,
+             control: Control | None = None) -> tuple[State, FlowOutput]:
     """Do the steps and finish one by one: the plain ``loop`` of a runtime."""
     while state.schedule:
-        state = network.step(state, call=call)
+        before, state = state, network.step(state, call=call)
+        if control is not None:
+            state = replace(state, schedule=control(before, state))
     if lap is not None:
         lap('steps')
     output = network.finish(state, call=call)

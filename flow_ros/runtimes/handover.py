@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from flow_ros.networks.base import FlowNetwork, FlowOutput, State
-from flow_ros.runtimes.base import Lap, Runtime
+from flow_ros.runtimes.base import Control, Lap, Runtime
 from flow_ros.runtimes.cache import log_it, Say
 
 Size = tuple[int, int]
@@ -236,9 +236,10 @@ class Handover:
         """Run one engine of the runtime that serves."""
         return self._active.call(engine, *tensors)
 
-    def loop(self, state: State, lap: Lap | None = None) -> tuple[State, FlowOutput]:
+    def loop(self, state: State, lap: Lap | None = None,
+             control: Control | None = None) -> tuple[State, FlowOutput]:
         """Do the steps of ``state`` and finish, with the runtime that serves."""
-        return self._active.loop(state, lap)
+        return self._active.loop(state, lap, control)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing is being made or waits to be; False where ``timeout`` s went by."""

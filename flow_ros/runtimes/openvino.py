@@ -30,7 +30,7 @@ import torch
 from torch import nn, Tensor
 
 from flow_ros.networks.base import FlowNetwork, FlowOutput, State
-from flow_ros.runtimes.base import EngineFault, Lap, run_loop
+from flow_ros.runtimes.base import Control, EngineFault, Lap, run_loop
 from flow_ros.runtimes.cache import cache_directory
 
 _MOST_ENGINES = 32
@@ -97,9 +97,10 @@ class OpenVinoRuntime:
                 self._engines.move_to_end(key)
             return compiled
 
-    def loop(self, state: State, lap: Lap | None = None) -> tuple[State, FlowOutput]:
+    def loop(self, state: State, lap: Lap | None = None,
+             control: Control | None = None) -> tuple[State, FlowOutput]:
         """Do the steps of ``state`` and finish."""
-        return run_loop(self.network, state, self.call, lap)
+        return run_loop(self.network, state, self.call, lap, control)
 
     def _compile(self, engine: str, tensors: tuple[Tensor, ...]) -> '_Engine':
         # Not in inference mode, which the caller may be in: the tracer needs plain tensors.

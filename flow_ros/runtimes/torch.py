@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flow_ros.networks.base import FlowNetwork, FlowOutput, State
-from flow_ros.runtimes.base import Lap, run_loop
+from flow_ros.runtimes.base import Control, Lap, run_loop
 from flow_ros.runtimes.cuda_graphs import CudaGraphDevice, GraphedLoop
 
 
@@ -58,8 +58,9 @@ class TorchRuntime:
                 enabled=True, benchmark=False, allow_tf32=self._tf32):
             return self.network.engine(engine, *tensors)
 
-    def loop(self, state: State, lap: Lap | None = None) -> tuple[State, FlowOutput]:
-        """Do the steps of ``state`` and finish."""
+    def loop(self, state: State, lap: Lap | None = None,
+             control: Control | None = None) -> tuple[State, FlowOutput]:
+        """Do the steps of ``state`` and finish; a CUDA graph asks no ``control``."""
         if self._graphed is not None:
             return self._graphed(state, lap)
-        return run_loop(self.network, state, self.call, lap)
+        return run_loop(self.network, state, self.call, lap, control)

@@ -44,10 +44,10 @@ class Engine(TorchRuntime):
     name = 'tensorrt'
     fault = 'none'
 
-    def loop(self, state, lap=None):
+    def loop(self, state, lap=None, control=None):
         if Engine.fault == 'raise':
             raise EngineFault('TensorRT 10.3: enqueue failed on step_8')
-        state, output = super().loop(state, lap)
+        state, output = super().loop(state, lap, control)
         if Engine.fault == 'nan':
             output.flow[..., 0, 0] = math.nan
         return state, output

@@ -40,8 +40,8 @@ class Fake:
     def call(self, engine, /, *tensors):
         return (self.name, engine, *tensors)
 
-    def loop(self, state, lap=None):
-        return run_loop(self.network, state, self.call, lap)
+    def loop(self, state, lap=None, control=None):
+        return run_loop(self.network, state, self.call, lap, control)
 
 
 @dataclass(frozen=True)

@@ -78,13 +78,13 @@ class Built(TorchRuntime):
         self.fault = fault
         self.frames = 0
 
-    def loop(self, state, lap=None):
+    def loop(self, state, lap=None, control=None):
         self.frames += 1
         if self.fault == 'raise':
             raise EngineFault('enqueue failed on step_8')
         if self.fault == 'shape':
             raise ValueError('no plan for (1, 64, 10, 15)')
-        state, output = super().loop(state, lap)
+        state, output = super().loop(state, lap, control)
         if self.fault == 'nan':
             output.flow[..., 3, 5] = math.nan
         if self.fault == 'inf':

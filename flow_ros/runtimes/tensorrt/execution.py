@@ -31,6 +31,7 @@ from flow_ros.networks.base import FlowNetwork, FlowOutput, State
 from flow_ros.runtimes.acts import Act
 from flow_ros.runtimes.base import (
     check_precision,
+    Control,
     EngineFault,
     Lap,
     run_loop,
@@ -172,11 +173,12 @@ class TensorRtRuntime:
             with lane.lock:
                 return self._run(plan, lane.context, tensors, stream)
 
-    def loop(self, state: State, lap: Lap | None = None) -> tuple[State, FlowOutput]:
-        """Do the steps of ``state`` and finish."""
+    def loop(self, state: State, lap: Lap | None = None,
+             control: Control | None = None) -> tuple[State, FlowOutput]:
+        """Do the steps of ``state`` and finish; a CUDA graph asks no ``control``."""
         if self._graphed is not None:
             return self._graphed(state, lap)
-        return run_loop(self.network, state, self.call, lap)
+        return run_loop(self.network, state, self.call, lap, control)
 
     def _load(self, act: Act, plan: bytes) -> '_Plan':
         with ONE_CAPTURE, self._library.messages.collected() as messages:
