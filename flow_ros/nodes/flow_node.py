@@ -40,7 +40,7 @@ from rclpy.qos import ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, Image
 
 from flow_ros.environment import complete
-from flow_ros.networks import WeightsError
+from flow_ros.networks import FlowNetwork, WeightsError
 from flow_ros.nodes.complaints import Complaints
 from flow_ros.nodes.frames import Arrival, Frame, why_no_flow
 from flow_ros.nodes.image_input import ImageInput
@@ -58,10 +58,11 @@ LOOK_PERIOD_S = 0.5
 class FlowNode(Node):
     """Topics, parameters and one worker around a FlowEstimator."""
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, network: FlowNetwork | None = None, **arguments: Any) -> None:
         """Load the network and subscribe; ``arguments`` go to rclpy's Node.
 
-        Raises ValueError, WeightsError or RuntimeUnavailable, which name what to do.
+        ``network`` is run instead of the one that the parameters name. Raises ValueError,
+        WeightsError or RuntimeUnavailable, which name what to do.
         """
         super().__init__('flow', **arguments)
         self._teller = declare(self)
@@ -69,7 +70,8 @@ class FlowNode(Node):
         if values['tune_malloc']:
             tune_malloc()
         self._estimator = FlowEstimator(
-            network=values['network'], weights=values['weights'], runtime=values['runtime'],
+            network=network or values['network'], weights=values['weights'],
+            runtime=values['runtime'],
             precision=values['precision'], device=values['device'] or None,
             threads=values['threads'] or None,
             engine_cache=Path(cache).expanduser() if (cache := values['engine_cache']) else None,
