@@ -30,7 +30,9 @@ from numpy.typing import NDArray
 ByteArray = NDArray[np.uint8]
 FloatArray = NDArray[np.float32]
 
-WHEEL_RADIUS = 128  # cells of the wheel's picture from the centre (still) to the rim
+# Cells of the wheel's picture from the centre (still) to the rim: so many that the nearest one
+# has the colour to within a grey level.
+WHEEL_RADIUS = 512
 WHEEL_DIRECTIONS = (0.0, 90.0, 180.0, 270.0, 360.0)  # right, down, left, up, right
 WHEEL_HUES = (0.0, 75.0, 185.0, 265.0, 360.0)
 ROBUST_PERCENTILE = 99.0
@@ -49,14 +51,18 @@ LABEL_FONT = cv2.FONT_HERSHEY_SIMPLEX
 
 @lru_cache(maxsize=1)
 def _wheel() -> ByteArray:
-    """Return the wheel's picture: the flow, scaled, is the map by which it is sampled."""
-    side = np.arange(-WHEEL_RADIUS - 1, WHEEL_RADIUS + 2, dtype=np.float32) / WHEEL_RADIUS
+    """Return the wheel's picture: the flow, scaled and shifted, is the map by which it is read.
+
+    Its first row and column are black, for what is invalid.
+    """
+    side = np.arange(-WHEEL_RADIUS - 1, WHEEL_RADIUS + 1, dtype=np.float32) / WHEEL_RADIUS
     u, v = np.meshgrid(side, side)
     direction = np.degrees(np.arctan2(v, u)) % 360.0
     hsv = np.stack([np.interp(direction, WHEEL_DIRECTIONS, WHEEL_HUES),
                     np.minimum(np.hypot(u, v), 1.0), np.ones_like(u)], axis=2)
     rgb = cv2.cvtColor(hsv.astype(np.float32), cv2.COLOR_HSV2RGB)
     picture: ByteArray = np.rint(255.0 * rgb).astype(np.uint8)
+    picture[0] = picture[:, 0] = 0
     picture.setflags(write=False)
     return picture
 
@@ -84,30 +90,37 @@ def flow_to_color(flow: NDArray[Any], max_px: float | None = None) -> ByteArray:
     elif not max_px > 0:
         raise ValueError(f'max_px must be more than 0; seen {max_px}')
     # In C order even where the flow is a view of a (2, H, W) array.
-    scaled = np.multiply(np.asarray(flow, dtype=np.float32), np.float32(WHEEL_RADIUS / max_px),
+    places = np.multiply(np.asarray(flow, dtype=np.float32), np.float32(WHEEL_RADIUS / max_px),
                          order='C')
-    radius = cv2.magnitude(scaled[..., 0], scaled[..., 1])
-    # False for NaN and infinity too; only then, and for fast pixels, is there more to do.
-    invalid = None
-    if not bool((radius <= WHEEL_RADIUS).all()):
-        invalid = ~np.isfinite(radius)
-        radius[invalid] = WHEEL_RADIUS
-        scaled[invalid] = 0.0
-        scaled *= (WHEEL_RADIUS / np.maximum(radius, WHEEL_RADIUS))[..., None]
-    scaled += WHEEL_RADIUS + 1
+    _bring_onto_the_wheel(places)
+    places += WHEEL_RADIUS + 1
     remap: Any = cv2.remap  # whose types do not know that the second map may be None
-    picture = remap(_wheel(), scaled, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    if invalid is not None:
-        picture[invalid] = 0
-    return np.asarray(picture, dtype=np.uint8)
+    return np.asarray(remap(_wheel(), places, None, cv2.INTER_NEAREST), dtype=np.uint8)
+
+
+def _bring_onto_the_wheel(places: FloatArray) -> None:
+    """Shorten what is beyond the rim; put what is invalid on the black cell; in place.
+
+    Both are few pixels, so they are looked for, and only they are worked on.
+    """
+    flat = places.reshape(-1)
+    # False for NaN too.
+    outside = np.flatnonzero(~(np.abs(flat) <= WHEEL_RADIUS)) >> 1
+    if not outside.size:
+        return
+    pixels = flat.reshape(-1, 2)
+    taken = pixels[outside]
+    length = np.hypot(taken[:, :1], taken[:, 1:])
+    with np.errstate(invalid='ignore'):
+        shortened = taken * (WHEEL_RADIUS / length)
+    pixels[outside] = np.where(np.isfinite(length), shortened, -WHEEL_RADIUS - 1.0)
 
 
 def confidence_to_mono(confidence: NDArray[Any]) -> ByteArray:
     """Return confidence (H, W) in [0, 1] as grey (H, W) uint8, 255 the surest; NaN is 0."""
-    levels = np.asarray(confidence, dtype=np.float32) * np.float32(255.0)
-    if bool(np.isnan(levels).any()):
-        levels = np.nan_to_num(levels, nan=0.0)
-    return np.rint(np.clip(levels, 0.0, 255.0)).astype(np.uint8)
+    # NaN stays NaN, and OpenCV's rounding and saturation make 0 of it.
+    levels = np.maximum(np.asarray(confidence, dtype=np.float32), np.float32(0.0))
+    return np.asarray(cv2.convertScaleAbs(levels, alpha=255.0), dtype=np.uint8)
 
 
 def confidence_to_color(confidence: NDArray[Any]) -> ByteArray:

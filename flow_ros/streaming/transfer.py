@@ -14,11 +14,13 @@
 
 """Frames to tensors and results to arrays: what a stream moves beside the network's work.
 
-On the CPU both ways are one vectorised pass of OpenCV: for bytes that lie pixel by pixel it is
-several times faster than torch's strided copies (`bench/node_cost.py --pieces`). Nothing here
-is used twice: a tensor may be kept by the network, an array by whoever takes the result.
+On the CPU this is OpenCV and NumPy, in few passes: several times faster than torch's strided
+copies (`bench/node_cost.py`). And torch would wake its OpenMP threads for every map, which then
+spin for milliseconds on the cores that another runtime's threads need. Nothing here is used
+twice: a tensor may be kept by the network, an array by whoever takes the result.
 """
 
+import math
 from typing import Any
 
 import cv2
@@ -42,9 +44,22 @@ def upload(frame: NDArray[np.uint8], device: torch.device) -> Tensor:
             frame = frame.copy()  # torch warns of memory that it could change
         image = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None]
         return image.to(torch.float32, memory_format=torch.contiguous_format)
-    planes = torch.empty((3, *frame.shape[:2]), dtype=torch.uint8)
-    cv2.split(frame, list(planes.numpy()))
-    return planes[None].to(torch.float32)
+    planes = np.empty((3, *frame.shape[:2]), dtype=np.uint8)
+    cv2.split(frame, list(planes))
+    image = torch.empty(1, *planes.shape)
+    image.numpy()[0] = planes
+    return image
+
+
+def all_finite(values: Tensor) -> bool:
+    """Tell whether ``values``, of any shape, have neither NaN nor infinity.
+
+    One sum, into which every such value goes; on a GPU one wait for it.
+    """
+    if values.device.type != 'cpu' or values.dtype != torch.float32:
+        return math.isfinite(float(values.sum(dtype=torch.float32)))
+    rows = values.contiguous().numpy().reshape(-1, values.shape[-1] if values.ndim else 1)
+    return math.isfinite(cv2.sumElems(rows)[0])  # summed in float64: nothing overflows
 
 
 def flow_array(flow: Tensor) -> NDArray[np.float32]:

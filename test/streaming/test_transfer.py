@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from flow_ros.streaming.transfer import flow_array, map_array, mask_array, upload
+from flow_ros.streaming.transfer import all_finite, flow_array, map_array, mask_array, upload
 
 CPU = torch.device('cpu')
 
@@ -85,6 +85,23 @@ def test_mask_begins_at_one_half_and_nan_is_seen():
     mask = mask_array(values)
     assert mask.dtype == np.uint8
     np.testing.assert_array_equal(mask, [[0, 0, 255], [255, 255, 0]])
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+@pytest.mark.parametrize('shape', [(1, 2, 33, 47), (5,), ()])
+def test_one_bad_value_is_found_wherever_it_is(shape, dtype, bad):
+    values = torch.randn(shape).to(dtype)
+    assert all_finite(values)
+    for place in {0, values.numel() // 2, values.numel() - 1}:
+        spoilt = values.clone().flatten()
+        spoilt[place] = bad
+        assert not all_finite(spoilt.view(shape))
+
+
+def test_large_values_are_finite_and_opposite_infinities_are_not():
+    assert all_finite(torch.full((64, 64), 3e38))
+    assert not all_finite(torch.tensor([float('inf'), -float('inf')]))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='torch sees no CUDA device')
