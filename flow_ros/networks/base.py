@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import nn, Tensor
+from torch.nn import functional
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -50,6 +51,74 @@ class Features:
 
     tensors: tuple[Tensor, ...]
     size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CellFlow:
+    """A flow with one vector per cell of ``cell`` x ``cell`` px: a prior as warm starts carry it.
+
+    ``flow`` (B, 2, ceil(H / cell), ceil(W / cell)) is in full-resolution px. The first cell
+    begins at the upper left pixel; those at the right and lower border may be cut by the frame,
+    whose ``size`` is (height, width). Networks read a prior at the resolution of their levels:
+    nothing is gained by a vector for every pixel.
+    """
+
+    flow: Tensor
+    cell: int
+    size: tuple[int, int]
+
+    @property
+    def full(self) -> Tensor:
+        """The flow (B, 2, H, W), interpolated between the centres of the cells."""
+        if self.cell == 1:
+            return self.flow
+        flow = functional.interpolate(self.flow, scale_factor=self.cell, mode='bilinear',
+                                      align_corners=False)
+        return flow[..., :self.size[0], :self.size[1]].contiguous()
+
+    def at_level(self, level: int, size: tuple[int, int]) -> Tensor:
+        """Return the flow (B, 2, h, w), level px, on the map of level 1/``level``.
+
+        The map, of ``size`` (h, w), is that of the frame padded at the right and below; there
+        the border's flow goes on.
+        """
+        height, width = size
+        rows, columns = self.flow.shape[-2:]
+        if self.cell == level and height >= rows and width >= columns:
+            flow = self.flow
+            if (rows, columns) != size:
+                flow = functional.pad(flow, (0, width - columns, 0, height - rows),
+                                      mode='replicate')
+            return flow / level
+        x, y = (torch.arange(count, dtype=torch.float32, device=self.flow.device) * level
+                + (level - 1) / 2 for count in (width, height))
+        return self.at(x, y) / level
+
+    def at(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the flow (B, 2, h, w), full-resolution px, on a grid of points of the frame.
+
+        ``x`` (w,) and ``y`` (h,) are in px, the centre of the first pixel is 0; float32, on
+        the device of the flow. Between the centres of four cells the flow is interpolated,
+        outside of them it goes on.
+        """
+        flow = self.flow
+        for axis, points in ((-2, y[:, None]), (-1, x)):
+            last = flow.shape[axis] - 1
+            place = ((points + 0.5) / self.cell - 0.5).clamp(0, last)
+            first = place.floor()
+            index = first.flatten().long()
+            flow = torch.lerp(flow.index_select(axis, index),
+                              flow.index_select(axis, (index + 1).clamp(max=last)),
+                              (place - first).to(flow.dtype))
+        return flow
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> 'CellFlow':
+        """Return the same on another device."""
+        return replace(self, flow=self.flow.to(device, dtype))
+
+
+PriorFlow = Tensor | CellFlow
+"""What a warm start begins with, full-resolution px: (B, 2, H, W), or one vector per cell."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +163,8 @@ class FlowNetwork(nn.Module):
     """Base of all flow networks; see the module's docstring.
 
     Sub-classes set ``name``, ``default_iterations`` (per level; of networks that visit each
-    level once, the number of levels), ``engines`` (the names that ``call`` may be given) and
+    level once, the number of levels), ``most_iterations`` (the most that a budget of time
+    spends), ``engines`` (the names that ``call`` may be given) and
     ``accepts_prior`` (False: there is no warm start), and implement the four acts.
     ``budget_unit`` is what a budget counts, in words; ``free_options`` are the fields of the
     configuration that may differ from those the weights were made with. Where
@@ -105,6 +175,7 @@ class FlowNetwork(nn.Module):
 
     name: str = ''
     default_iterations: int = 1
+    most_iterations: int = 12
     engines: tuple[str, ...] = ('encode', 'step', 'finish')
     accepts_prior: bool = True
     budget_unit: str = 'iterations per level'
@@ -142,11 +213,12 @@ class FlowNetwork(nn.Module):
         raise NotImplementedError  # abstract
 
     def start(self, features_a: Features, features_b: Features, *,
-              prior_flow: Tensor | None = None, iterations: int | None = None,
+              prior_flow: PriorFlow | None = None, iterations: int | None = None,
               call: Call | None = None) -> State:
         """Return the state before the first step, with the schedule this pair deserves.
 
-        ``prior_flow`` (B, 2, H, W), full-resolution px, makes a warm start; None a cold one.
+        ``prior_flow`` makes a warm start, None a cold one: (B, 2, H, W) in full-resolution px,
+        or a CellFlow (``check_prior`` makes that of either).
         ``iterations`` counts per level; of networks that visit each level once, the levels.
         """
         raise NotImplementedError  # abstract
@@ -201,16 +273,26 @@ def check_pair(features_a: Features, features_b: Features) -> None:
                          f'{features_b.size}, features {shapes[0]} and {shapes[1]}')
 
 
-def check_prior(prior_flow: Tensor, features: Features) -> None:
-    """Raise ValueError unless ``prior_flow`` is (B, 2, H, W) of ``features``, and finite."""
+def check_prior(prior_flow: PriorFlow, features: Features) -> CellFlow:
+    """Return ``prior_flow`` as a CellFlow.
+
+    Raises ValueError unless it is (B, 2, H, W) of ``features``, or a CellFlow of that size, and
+    finite.
+    """
     height, width = features.size
     batch = features.tensors[0].shape[0]
-    if (prior_flow.ndim != 4 or prior_flow.shape[1] != 2
-            or tuple(prior_flow.shape[-2:]) != (height, width)):
-        raise ValueError(f'prior_flow must be (B, 2, {height}, {width}), full-resolution px; '
-                         f'seen {tuple(prior_flow.shape)}')
-    if not bool(torch.isfinite(prior_flow).all()):
+    cells = (prior_flow if isinstance(prior_flow, CellFlow)
+             else CellFlow(prior_flow, 1, (height, width)))
+    flow, cell = cells.flow, cells.cell
+    shape = (-(-height // cell), -(-width // cell))
+    if (flow.ndim != 4 or flow.shape[1] != 2 or tuple(flow.shape[-2:]) != shape
+            or cells.size != (height, width)):
+        raise ValueError(f'prior_flow must be (B, 2, {height}, {width}), full-resolution px, or '
+                         f'a CellFlow of that size; seen {tuple(flow.shape)}'
+                         + (f' of cells of {cell} px, size {cells.size}' if cell != 1 else ''))
+    if not bool(torch.isfinite(flow).all()):
         raise ValueError('prior_flow has NaN or infinite values: fill its holes first')
-    if prior_flow.shape[0] != batch:
+    if flow.shape[0] != batch:
         raise ValueError(f'prior_flow must have the batch of the features, {batch}; seen '
-                         f'{prior_flow.shape[0]}')
+                         f'{flow.shape[0]}')
+    return cells

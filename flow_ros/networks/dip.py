@@ -38,12 +38,14 @@ from torch.utils.checkpoint import checkpoint
 
 from flow_ros.networks.base import (
     Call,
+    CellFlow,
     check_images,
     check_pair,
     check_prior,
     Features,
     FlowNetwork,
     FlowOutput,
+    PriorFlow,
     State,
     Step,
 )
@@ -334,12 +336,12 @@ class DIP(FlowNetwork):
         return Features((call or self.engine)('encode', padded), (height, width))
 
     def start(self, features_a: Features, features_b: Features, *,
-              prior_flow: Tensor | None = None, iterations: int | None = None,
+              prior_flow: PriorFlow | None = None, iterations: int | None = None,
               call: Call | None = None, noise: Sequence[Tensor] | None = None) -> State:
         """Return the state before the first step, with its schedule.
 
-        ``prior_flow`` (B, 2, H, W), full-resolution px, makes a warm start over one to three
-        levels: one more for every 32 px of its largest component, in the whole batch.
+        ``prior_flow``, full-resolution px, makes a warm start over one to three levels: one
+        more for every 32 px of its largest component, in the whole batch.
         ``iterations`` counts per level. ``noise`` replaces what the configuration would add:
         one tensor per level, coarse to fine, (B or 1, 2, h, w) in px of that level, added to
         the flow with which the level starts. A cold start takes one, its start flow.
@@ -352,11 +354,9 @@ class DIP(FlowNetwork):
             height, width = features_a.tensors[-1].shape[-2:]
             flow = quarter.new_zeros((quarter.shape[0], 2, height, width), dtype=torch.float32)
         else:
-            check_prior(prior_flow, features_a)
-            levels = warm_levels(prior_flow, (quarter.shape[-2], quarter.shape[-1]))
-            padded = functional.pad(prior_flow.to(quarter.device, torch.float32),
-                                    _padding(*features_a.size), mode='replicate')
-            flow = _resize(padded, _map(features_a, levels[0]))
+            prior = check_prior(prior_flow, features_a).to(quarter.device)
+            levels = warm_levels(prior.flow, (quarter.shape[-2], quarter.shape[-1]))
+            flow = _on_map(prior, _map(features_a, levels[0]))
         warm = prior_flow is not None
         if noise is None:
             noise = self._noise(features_a, levels, warm=warm)
@@ -533,6 +533,19 @@ def _resize(flow: Tensor, size: tuple[int, int]) -> Tensor:
         return flow
     resized = functional.interpolate(flow, size=size, mode='bilinear', align_corners=True)
     return resized * (size[0] / height)
+
+
+def _on_map(prior: CellFlow, size: tuple[int, int]) -> Tensor:
+    """Return ``prior`` on a map of ``size`` of the padded frame, in px of the map."""
+    padding = _padding(*prior.size)
+    if prior.cell == 1:
+        return _resize(functional.pad(prior.flow, padding, mode='replicate'), size)
+    # What the above comes to, without the full resolution.
+    height, width = prior.size[0] + sum(padding[2:]), prior.size[1] + sum(padding[:2])
+    x, y = (torch.linspace(-before, side - before - 1, count, device=prior.flow.device)
+            for before, side, count in ((padding[0], width, size[1]),
+                                        (padding[2], height, size[0])))
+    return prior.at(x, y) * (size[0] / height)
 
 
 def _to_image(fine: Tensor, state: State) -> Tensor:

@@ -45,6 +45,7 @@ from flow_ros.networks.base import (
     Features,
     FlowNetwork,
     FlowOutput,
+    PriorFlow,
     State,
     Step,
 )
@@ -269,7 +270,7 @@ class DipRt(FlowNetwork):
         return Features(tensors=tensors, size=size)
 
     def start(self, features_a: Features, features_b: Features, *,
-              prior_flow: Tensor | None = None, iterations: int | None = None,
+              prior_flow: PriorFlow | None = None, iterations: int | None = None,
               call: Call | None = None) -> State:
         """Start at zero flow at 1/16, or from the prior at the level its motion asks for."""
         count = self.default_iterations if iterations is None else iterations
@@ -285,15 +286,14 @@ class DipRt(FlowNetwork):
                                      dtype=torch.float32)
             return State(features_a, features_b, level=16, flow=flow, schedule=cold,
                          memory=(features_a.tensors[1],))
-        check_prior(prior_flow, features_a)
-        prior_flow = prior_flow.to(match16.device, torch.float32)
+        prior = check_prior(prior_flow, features_a).to(match16.device)
         # A high quantile, so that one bad pixel of a prior does not double the work.
-        motion = prior_flow.detach().abs().amax(dim=1)[..., ::8, ::8].flatten()
+        sparse = max(1, 8 // prior.cell)
+        motion = prior.flow.detach()[..., ::sparse, ::sparse].abs().amax(dim=1).flatten()
         large = float(torch.quantile(motion, 0.995)) > self.config.warm_level_px
         level = 16 if large else 8
         match = match16 if large else match8
-        padded = pad_to_multiple(prior_flow, 16)
-        flow = resize_flow(padded, (match.shape[-2], match.shape[-1]))
+        flow = prior.at_level(level, (match.shape[-2], match.shape[-1]))
         return State(features_a, features_b, level=level, flow=flow, warm=True,
                      schedule=cold if large else cold[count:],
                      memory=(features_a.tensors[1 if large else 4],))

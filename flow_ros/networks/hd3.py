@@ -47,12 +47,14 @@ from torch.nn import functional
 
 from flow_ros.networks.base import (
     Call,
+    CellFlow,
     check_images,
     check_pair,
     check_prior,
     Features,
     FlowNetwork,
     FlowOutput,
+    PriorFlow,
     State,
     Step,
 )
@@ -508,6 +510,7 @@ class HD3(FlowNetwork):
 
     name = 'hd3'
     default_iterations = len(LEVELS)
+    most_iterations = len(LEVELS)
     budget_unit = 'levels'
     free_options = frozenset({'stop_gradients', 'calibration'})
     takes_calibration = True
@@ -650,12 +653,12 @@ class HD3(FlowNetwork):
         return Features((call or self.engine)('encode', resized), size)
 
     def start(self, features_a: Features, features_b: Features, *,
-              prior_flow: Tensor | None = None, iterations: int | None = None,
+              prior_flow: PriorFlow | None = None, iterations: int | None = None,
               call: Call | None = None) -> State:
         """Return the state before the first level.
 
         ``iterations`` is the number of levels, coarse to fine; above 5 it means all.
-        ``prior_flow`` (B, 2, H, W), full-resolution px, is where the coarsest level starts.
+        ``prior_flow``, full-resolution px, is where the coarsest level starts.
         """
         count = self._levels(iterations)
         check_pair(features_a, features_b)
@@ -664,8 +667,8 @@ class HD3(FlowNetwork):
             flow = torch.zeros((coarsest.shape[0], 2, *coarsest.shape[-2:]),
                                device=coarsest.device)
         else:
-            check_prior(prior_flow, features_a)
-            flow = self._offset(prior_flow.to(coarsest.device, torch.float32), features_a)
+            prior = check_prior(prior_flow, features_a).to(coarsest.device)
+            flow = self._offset(prior, features_a)
         both = flow
         if self.config.cues:
             backward = flow if prior_flow is None else reverse_flow(flow)
@@ -800,12 +803,12 @@ class HD3(FlowNetwork):
         return min(iterations, len(LEVELS))
 
     @staticmethod
-    def _offset(prior_flow: Tensor, features: Features) -> Tensor:
-        """Return ``prior_flow`` on the coarsest grid, in its px: the mean over each cell."""
-        height, width = prior_flow.shape[-2:]
+    def _offset(prior: CellFlow, features: Features) -> Tensor:
+        """Return ``prior`` on the coarsest grid, in its px: the mean over each cell."""
+        height, width = features.size
         rows, columns = features.tensors[0].shape[-2:]
         # Not bilinear: that would see four px of 4096, and the prior's worst ones as well.
-        mean = functional.adaptive_avg_pool2d(prior_flow, (rows, columns))
+        mean = functional.adaptive_avg_pool2d(prior.flow, (rows, columns))
         return torch.cat([mean[:, :1] * (columns / width), mean[:, 1:] * (rows / height)], dim=1)
 
 

@@ -58,6 +58,7 @@ from flow_ros.networks.base import (
     Features,
     FlowNetwork,
     FlowOutput,
+    PriorFlow,
     State,
     Step,
 )
@@ -266,6 +267,7 @@ class MSCSL(FlowNetwork):
 
     name = 'mscsl'
     default_iterations = len(SCALES)
+    most_iterations = len(SCALES)
     engines = ('encode', 'step0', 'step1', 'step2', 'step3', 'finish')
     accepts_prior = False
     budget_unit = 'scales'
@@ -295,7 +297,7 @@ class MSCSL(FlowNetwork):
         return Features(tensors=tensors, size=size)
 
     def start(self, features_a: Features, features_b: Features, *,
-              prior_flow: Tensor | None = None, iterations: int | None = None,
+              prior_flow: PriorFlow | None = None, iterations: int | None = None,
               call: Call | None = None) -> State:
         """Start cold; ``iterations`` is the number of scales, more than 4 count as 4.
 
