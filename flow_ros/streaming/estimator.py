@@ -14,12 +14,12 @@
 
 """The estimator: frames of one stream in, flow out."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 import math
 from pathlib import Path
 import threading
-from typing import Any
+import time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,23 +27,22 @@ import torch
 from torch import Tensor
 
 from flow_ros.networks import create
-from flow_ros.networks.base import Features, FlowNetwork, FlowOutput, State
+from flow_ros.networks.base import Features, FlowNetwork
 from flow_ros.runtimes import create_runtime, Runtime
-from flow_ros.runtimes.acts import run_acts
+from flow_ros.runtimes.acts import PRIOR_PX, run_acts
 from flow_ros.runtimes.cache import Say
-from flow_ros.streaming.budget import Budget
-from flow_ros.streaming.occlusion import check_consistency
+from flow_ros.streaming.budget import Budget, StampPeriod
+from flow_ros.streaming.estimate import complete, Estimate, lacks, result_of, REVERSE
+from flow_ros.streaming.pace import Pace, Paces
 from flow_ros.streaming.result import FlowResult
 from flow_ros.streaming.scene_cut import explains, small_grey
-from flow_ros.streaming.serving import checked, Serving
+from flow_ros.streaming.serving import Serving
 from flow_ros.streaming.stopwatch import Stopwatch
+from flow_ros.streaming.transfer import upload
 from flow_ros.streaming.warm_start import carry, FlowSamples, sample_flow
 
 DIRECTIONS: tuple[str, ...] = ('forward', 'backward', 'both')
 OUTPUTS: frozenset[str] = frozenset({'flow', 'confidence', 'occlusion'})
-
-_REVERSE: Mapping[str, str] = {'forward': 'backward', 'backward': 'forward'}
-_OCCLUDED = 0.5
 
 
 @dataclass(frozen=True)
@@ -70,12 +69,22 @@ class _Past:
 
 
 @dataclass(frozen=True)
-class _Estimate:
-    """One direction of one pair, on the device."""
+class _Order:
+    """All that was asked of a frame as its work began: settings may change meanwhile."""
 
-    output: FlowOutput
-    state: State
-    cold_reason: str
+    iterations: int | None
+    limit_ms: float | None
+    early_stop_px: float
+    direction: str
+    outputs: frozenset[str]
+    warm_start: bool
+    came: float
+    after_ms: float
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """The directions that are results."""
+        return ('forward', 'backward') if self.direction == 'both' else (self.direction,)
 
 
 class FlowEstimator:
@@ -95,10 +104,16 @@ class FlowEstimator:
     one that fails is replaced by the next best, if there is one (``runtimes.handover``). No flow
     is lost by either, and ``say`` is told. Flow that is not finite is a failure (EngineFault).
 
-    ``budget``, ``direction``, ``warm_start``, ``max_gap_s`` and ``outputs`` may be changed at
-    any time from any thread; the frame being worked on is not affected. ``outputs`` of 'flow',
-    'confidence' and 'occlusion' are those computed: networks that know no confidence or
-    occlusion need the flow of the other direction for them, which doubles the steps.
+    ``budget``, ``early_stop_px``, ``direction``, ``warm_start``, ``max_gap_s`` and ``outputs``
+    may be changed at any time from any thread; the frame being worked on is not affected.
+    ``outputs`` of 'flow', 'confidence' and 'occlusion' are those computed: networks that know no
+    confidence or occlusion need the flow of the other direction for them, which doubles the
+    steps; of a budget of time each direction has its half.
+
+    A level of the network gets no more steps once one has changed the flow by less than
+    ``early_stop_px`` (full-resolution px; 0: never; see ``early_stop``). On CUDA, where looking
+    after each step would cost more than it saves, that is asked once, after the first step of a
+    warm start, and only where the last pair was still.
 
     Each frame is encoded once. The flow is carried to the next pair (``warm_start``), but for
     one that does not explain the frames it leads between: after a scene cut the start is cold.
@@ -107,13 +122,15 @@ class FlowEstimator:
 
     def __init__(self, *, network: str | FlowNetwork = 'dip_rt',
                  weights: str | Path | None = 'default', runtime: str | Runtime = 'auto',
-                 budget: Budget = Budget(), direction: str = 'forward',
+                 budget: Budget = Budget(), early_stop_px: float = 0.0,
+                 direction: str = 'forward',
                  device: str | torch.device | None = None, warm_start: bool = True,
                  max_gap_s: float = 0.5, outputs: Iterable[str] = OUTPUTS,
                  threads: int | None = None, precision: str = 'f32',
                  engine_cache: Path | None = None, workspace_mib: int | None = None,
                  say: Say | None = None) -> None:
         self.budget = budget
+        self.early_stop_px = early_stop_px
         self.direction = direction
         self.warm_start = warm_start
         self.max_gap_s = max_gap_s
@@ -127,6 +144,8 @@ class FlowEstimator:
                                      workspace_mib=workspace_mib, say=say)
         self.runtime = runtime
         self._serving = Serving(runtime)
+        self._paces = Paces()
+        self._needs_check = True  # as far as is known
         self.none_reason = ''
         self._lock = threading.Lock()
         self._restart('first')
@@ -147,6 +166,18 @@ class FlowEstimator:
             raise ValueError(f'budget must be a Budget; seen {budget!r}: use '
                              f'Budget(iterations=...)')
         self._budget = budget
+
+    @property
+    def early_stop_px(self) -> float:
+        """The update of a step, full-resolution px, under which its level is done; 0: none."""
+        return self._early_stop_px
+
+    @early_stop_px.setter
+    def early_stop_px(self, px: float) -> None:
+        if not (math.isfinite(px) and px >= 0):
+            raise ValueError(f'early_stop_px must be at least 0 (0 for no early stop) and '
+                             f'finite; seen {px}')
+        self._early_stop_px = float(px)
 
     @property
     def direction(self) -> str:
@@ -206,62 +237,105 @@ class FlowEstimator:
 
         The stream is not touched. Takes seconds where engines are compiled; but a runtime that
         is built in the background is only begun, and the one that serves meanwhile prepared.
+        For a budget of time the acts are done once more, to know what they cost.
         """
         with self._lock, torch.inference_mode():
             while True:
                 runtime = self._serving.at(height, width)
                 try:
                     image = torch.zeros(1, 3, height, width, device=runtime.device)
-                    return run_acts(runtime.network, image, runtime.call)
+                    run_acts(runtime.network, image, runtime.call)
+                    if self._budget.timed:
+                        self._rehearse(runtime, image)
+                    return
                 except Exception as error:
                     if not self._serving.replace(runtime, error):
                         raise
 
-    def __call__(self, frame: NDArray[np.uint8], stamp: float) -> FlowResult | None:
-        """Return the flow between the last frame and this one, or None; see the class."""
+    def __call__(self, frame: NDArray[np.uint8], stamp: float, *, came: float | None = None,
+                 after_ms: float = 0.0, period_s: float | None = None) -> FlowResult | None:
+        """Return the flow between the last frame and this one, or None; see the class.
+
+        For the budgets of time: ``came`` is the ``time.perf_counter()`` at which the frame's
+        time began (None: now), ``after_ms`` what the caller needs from its return on, and
+        ``period_s`` that of the camera (None: learnt from the stamps).
+        """
+        came = time.perf_counter() if came is None else came
         check_frame(frame)
         if not math.isfinite(stamp):
             raise ValueError(f'stamp must be finite, in seconds; seen {stamp}')
+        if not (math.isfinite(after_ms) and after_ms >= 0):
+            raise ValueError(f'after_ms must be at least 0 and finite; seen {after_ms}')
+        if period_s is not None and not (math.isfinite(period_s) and period_s > 0):
+            raise ValueError(f'period_s must be positive and finite, in seconds; seen '
+                             f'{period_s}')
         with self._lock, torch.inference_mode():
-            return self._next(frame, float(stamp))
+            return self._next(frame, float(stamp), came, after_ms, period_s)
 
     def _restart(self, reason: str) -> None:
         self._previous: _Frame | None = None
         # None is a direction whose flow did not explain its frames.
         self._past: dict[str, _Past | None] = {}
+        self._period = StampPeriod()
         self._cold_reason = reason
 
-    def _next(self, frame: NDArray[np.uint8], stamp: float) -> FlowResult | None:
+    def _rehearse(self, runtime: Runtime, image: Tensor) -> None:
+        """Learn what each act costs, cold and warm."""
+        network = runtime.network
+        height, width = image.shape[-2:]
+        priors = [None, image.new_full((1, 2, height, width), PRIOR_PX)]
+        for prior in priors if network.accepts_prior else priors[:1]:
+            pace = self._paces.begin(runtime, (height, width), came=time.perf_counter())
+            features = network.encode(image, call=runtime.call)
+            pace.encoded()
+            state = network.start(features, features, prior_flow=prior, call=runtime.call)
+            state = replace(state, schedule=tuple(dict.fromkeys(state.schedule)))
+            pace.run(state, None, direction='forward')
+
+    def _next(self, frame: NDArray[np.uint8], stamp: float, came: float, after_ms: float,
+              period_s: float | None) -> FlowResult | None:
         self.none_reason = self._why_none(frame.shape[:2], stamp)
         if self.none_reason == 'duplicate stamp':
             return None
         if self.none_reason:
             self._restart(self.none_reason)
+        elif self._previous is not None:
+            self._period.add(stamp - self._previous.stamp)
+        budget = self._budget
+        order = _Order(iterations=budget.iterations, came=came, after_ms=after_ms,
+                       limit_ms=budget.limit_ms(period_s or self._period.seconds),
+                       early_stop_px=self._early_stop_px, direction=self._direction,
+                       outputs=self._outputs, warm_start=self.warm_start)
         while True:
             runtime = self._serving.at(*frame.shape[:2])
             try:
-                return self._done_by(runtime, frame, stamp)
+                return self._done_by(runtime, frame, stamp, order)
             except Exception as error:  # the next best runtime does the same frame again
                 if not self._serving.replace(runtime, error):
                     raise
 
-    def _done_by(self, runtime: Runtime, frame: NDArray[np.uint8],
-                 stamp: float) -> FlowResult | None:
+    def _done_by(self, runtime: Runtime, frame: NDArray[np.uint8], stamp: float,
+                 order: _Order) -> FlowResult | None:
         watch = Stopwatch(runtime.device)
         if self._previous is not None and self._previous.runtime is not runtime:
             self._hand_over(self._previous, runtime)
+        pace = self._paces.begin(
+            runtime, (frame.shape[0], frame.shape[1]), came=order.came, limit_ms=order.limit_ms,
+            after_ms=order.after_ms, early_stop_px=order.early_stop_px,
+            output=(order.outputs, order.direction))
         new = self._encoded(frame, stamp, runtime)
+        pace.encoded()
         watch.lap('encode')
         if self._previous is None:
             self._previous = new
             return None
         # The stream moves on only after all has gone well.
-        result, past = self._pair(self._previous, new, watch)
+        result, past = self._pair(self._previous, new, order, watch, pace)
         self._previous, self._past = new, past
         return result
 
     def _encoded(self, pixels: NDArray[np.uint8], stamp: float, runtime: Runtime) -> _Frame:
-        image = _upload(pixels, runtime.device)
+        image = upload(pixels, runtime.device)
         kept = self._serving.may_change(*pixels.shape[:2])
         return _Frame(stamp=stamp, small=small_grey(image), runtime=runtime,
                       features=runtime.network.encode(image, call=runtime.call),
@@ -297,27 +371,26 @@ class FlowEstimator:
             return 'stamp went back'
         return 'gap' if stamp - previous.stamp > self._max_gap_s else ''
 
-    def _pair(self, old: _Frame, new: _Frame,
-              watch: Stopwatch) -> tuple[FlowResult, dict[str, _Past | None]]:
+    def _pair(self, old: _Frame, new: _Frame, order: _Order, watch: Stopwatch,
+              pace: Pace) -> tuple[FlowResult, dict[str, _Past | None]]:
         """Return the result of a pair, and what the next pair starts from."""
-        network = new.runtime.network
-        budget, outputs, direction = self._budget, self._outputs, self._direction
-        warm_start = self.warm_start
-        asked = ('forward', 'backward') if direction == 'both' else (direction,)
-        estimates: dict[str, _Estimate] = {}
-        for way in asked:
-            estimates[way] = self._estimate(way, old, new, budget, warm_start, watch,
-                                            other=estimates.get(_REVERSE[way]))
-        if len(asked) == 1 and _lacks(estimates[direction].output, outputs):
-            way = _REVERSE[direction]
-            estimates[way] = self._estimate(way, old, new, budget, warm_start,
-                                            Stopwatch(new.runtime.device))
+        outputs, ways = order.outputs, order.ways
+        estimates: dict[str, Estimate] = {}
+        for way in ways:
+            other = estimates.get(REVERSE[way])
+            last = other is not None or (len(ways) == 1 and not self._expects_check(outputs))
+            estimates[way] = self._estimate(way, old, new, order, watch, pace, other=other,
+                                            last=last)
+        self._needs_check = lacks(estimates[ways[0]].output, outputs)
+        if len(ways) == 1 and self._needs_check:
+            way = REVERSE[order.direction]
+            estimates[way] = self._estimate(way, old, new, order, None, pace, last=True)
             watch.lap('check')
-        completed = _complete(estimates, outputs)
+        completed = complete(estimates, outputs)
         past: dict[str, _Past | None] = {}
         for way, estimate in completed.items():
             flow, (a, b) = estimate.output.flow, _ends(way, old, new)
-            if not network.accepts_prior:
+            if not new.runtime.network.accepts_prior:
                 continue  # nothing of it would be used
             past[way] = None
             if explains(flow, a.small, b.small):
@@ -325,31 +398,46 @@ class FlowEstimator:
                                       confidence=estimate.output.confidence,
                                       occlusion=estimate.output.occlusion)
                 past[way] = _Past(samples=samples, dt_s=new.stamp - old.stamp)
-        results = [self._result(way, completed[way], estimates[way].output, outputs, old, new)
-                   for way in asked]
+        results = [result_of(completed[way], direction=way, raw=estimates[way].output,
+                             outputs=outputs, stamp_previous=old.stamp, stamp=new.stamp)
+                   for way in ways]
         watch.lap('output')
-        timings = watch.milliseconds()
-        backward = replace(results[1], timings_ms=dict(timings)) if len(results) == 2 else None
-        return replace(results[0], timings_ms=timings, backward=backward), past
+        timings, kept = watch.milliseconds(), pace.end()
+        results = [replace(result, timings_ms=dict(timings), predicted_ms=kept.predicted_ms,
+                           spent_ms=kept.spent_ms, budget_ms=kept.budget_ms,
+                           overrun=kept.overrun) for result in results]
+        return replace(results[0], backward=results[1] if results[1:] else None), past
 
-    def _estimate(self, direction: str, old: _Frame, new: _Frame, budget: Budget,
-                  warm_start: bool, watch: Stopwatch, other: _Estimate | None = None) -> _Estimate:
+    def _expects_check(self, outputs: frozenset[str]) -> bool:
+        """Tell whether the other direction will be needed, as the last pair did."""
+        return self._needs_check and outputs > {'flow'}
+
+    def _estimate(self, direction: str, old: _Frame, new: _Frame, order: _Order,
+                  watch: Stopwatch | None, pace: Pace, *, last: bool,
+                  other: Estimate | None = None) -> Estimate:
+        """Return one direction; ``last``: no other one comes after it."""
         runtime, network = new.runtime, new.runtime.network
-        state, cold_reason = None, 'warm start off'
+        state, cold_reason, ended = None, 'warm start off', ''
         if other is not None:
             state, cold_reason = network.reversed(other.state), other.cold_reason
+            ended = '' if state is None else other.ended
         if state is None:
             a, b = _ends(direction, old, new)
             prior = None
-            if warm_start and not network.accepts_prior:
+            if order.warm_start and not network.accepts_prior:
                 cold_reason = f'{network.name} takes no prior flow'
-            elif warm_start:
+            elif order.warm_start:
                 prior, cold_reason = self._prior(direction, a, b)
-                watch.lap('warm_start')
-            state = network.start(a.features, b.features, prior_flow=prior,
-                                  iterations=budget.iterations, call=runtime.call)
-        state, output = runtime.loop(state, watch.lap)
-        return _Estimate(checked(output, runtime), state, '' if state.warm else cold_reason)
+                if watch is not None:
+                    watch.lap('warm_start')
+            count = order.iterations
+            if count is None and order.limit_ms is not None:
+                count = network.most_iterations
+            state = network.start(a.features, b.features, prior_flow=prior, iterations=count,
+                                  call=runtime.call)
+        state, output, why = pace.run(state, watch.lap if watch is not None else None,
+                                      direction=direction, both=not last)
+        return Estimate(output, state, '' if state.warm else cold_reason, ended or why)
 
     def _prior(self, direction: str, a: _Frame, b: _Frame) -> tuple[Tensor | None, str]:
         """Return the prior flow from a to b, or None and why there is none."""
@@ -363,25 +451,6 @@ class FlowEstimator:
         if not explains(prior, a.small, b.small):
             return None, 'scene cut'
         return prior, ''
-
-    def _result(self, direction: str, estimate: _Estimate, raw: FlowOutput,
-                outputs: frozenset[str], old: _Frame, new: _Frame) -> FlowResult:
-        output = estimate.output
-        confidence = occlusion = probability = None
-        if 'confidence' in outputs and output.confidence is not None:
-            confidence = _array(output.confidence[0, 0].float())
-        if 'occlusion' in outputs and output.occlusion is not None:
-            mask = (output.occlusion[0, 0] >= _OCCLUDED).to(torch.uint8) * 255
-            occlusion = _array(mask)
-            if raw.occlusion is not None:
-                probability = _array(raw.occlusion[0, 0].float())
-        flow: Any = _array(output.flow[0].float().permute(1, 2, 0))
-        return FlowResult(flow=flow, confidence=confidence, occlusion=occlusion,
-                          occlusion_probability=probability, steps=estimate.state.done,
-                          iterations=len(estimate.state.done), warm=estimate.state.warm,
-                          cold_reason=estimate.cold_reason, direction=direction,
-                          stamp_previous=old.stamp, stamp=new.stamp,
-                          dt_s=new.stamp - old.stamp, timings_ms={})
 
 
 def check_frame(frame: NDArray[np.uint8]) -> None:
@@ -399,39 +468,6 @@ def check_frame(frame: NDArray[np.uint8]) -> None:
                          f'it first')
 
 
-def _upload(frame: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Return the frame as (1, 3, H, W) float on the device; it travels as bytes."""
-    if not frame.flags.writeable or any(stride < 0 for stride in frame.strides):
-        frame = frame.copy()  # torch takes neither
-    image = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None]
-    return image.to(torch.float32, memory_format=torch.contiguous_format)
-
-
 def _ends(direction: str, old: _Frame, new: _Frame) -> tuple[_Frame, _Frame]:
     """Return the frame on whose grid the flow is, and the frame it leads to."""
     return (old, new) if direction == 'forward' else (new, old)
-
-
-def _lacks(output: FlowOutput, outputs: frozenset[str]) -> bool:
-    return (('confidence' in outputs and output.confidence is None)
-            or ('occlusion' in outputs and output.occlusion is None))
-
-
-def _complete(estimates: dict[str, _Estimate],
-              outputs: frozenset[str]) -> dict[str, _Estimate]:
-    """Add what the networks do not know and the two directions together tell."""
-    completed = {}
-    for way, estimate in estimates.items():
-        output = estimate.output
-        if len(estimates) == 2 and _lacks(output, outputs):
-            checked = check_consistency(output.flow, estimates[_REVERSE[way]].output.flow)
-            if output.confidence is None:
-                output = replace(output, confidence=checked.confidence)
-            if output.occlusion is None:
-                output = replace(output, occlusion=checked.occluded.float())
-        completed[way] = replace(estimate, output=output)
-    return completed
-
-
-def _array(tensor: Tensor) -> Any:
-    return tensor.contiguous().cpu().numpy()

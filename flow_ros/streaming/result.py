@@ -36,6 +36,13 @@ class FlowResult:
     finish (in steps where the runtime does both as one), output, total, and check where the
     other direction was computed as a check only.
     ``backward`` is set when both directions were asked for. Arrays are the receiver's own.
+
+    ``predicted_ms`` is what the pair was to take when its steps were planned, from the arrival
+    of its frame until the result is there (None before that is known), and ``spent_ms`` what it
+    did take; ``budget_ms`` is the time that was asked, None where none was, and ``overrun`` says
+    that it was not kept, the time that the caller still needs counted in. ``ended`` is why no
+    more steps were done: 'schedule' (all that was asked), 'deadline' (no time was left for
+    more) or 'early stop' (the last one changed next to nothing).
     """
 
     flow: NDArray[np.float32]
@@ -52,3 +59,8 @@ class FlowResult:
     dt_s: float
     timings_ms: dict[str, float]
     backward: 'FlowResult | None' = None
+    predicted_ms: float | None = None
+    spent_ms: float = 0.0
+    budget_ms: float | None = None
+    overrun: bool = False
+    ended: str = 'schedule'
