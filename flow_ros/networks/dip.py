@@ -59,11 +59,13 @@ FACTOR = 4
 PAD_MULTIPLE = 16
 COLD_LEVELS = (16, 4)
 WARM_LEVELS = (16, 8, 4)
+COLD_CHOICES = (COLD_LEVELS, WARM_LEVELS)
 WARM_LEVEL_PX = 32  # a warm start uses one level per 32 px of the largest prior component
 WARM_SMALLEST_SIDE = 40  # and no coarser level than a map with both sides under this
 START_AMPLITUDE = 16.0
 REFINE_AMPLITUDE = 4.0
 PATTERN_SEED = 20
+SHARES = 3  # of the context, in a state's memory: one for each GRU of an iteration
 START_FLOWS = ('zeros', 'fixed')
 
 
@@ -75,14 +77,20 @@ class DIPConfig:
     the 1/16 map and the same for every call; 'zeros' starts at rest. ``warm_noise`` scales
     the uniform noise that the released warm start adds to the prior: 1.0 is as released
     (+-16 px of the first level, +-4 of each finer one), which forgets much of what the prior
-    knows; 0.0, the default, keeps the prior.
+    knows; 0.0, the default, keeps the prior. ``cold_levels`` are those of a cold start:
+    (16, 4) as released, or (16, 8, 4), the choice that section 3.4 leaves open: each iteration
+    at 1/8 costs a quarter of one at 1/4.
     """
 
     start_flow: str = 'fixed'
     warm_noise: float = 0.0
+    cold_levels: tuple[int, ...] = COLD_LEVELS
 
     def __post_init__(self) -> None:
         """Refuse values outside the documented ones."""
+        if self.cold_levels not in COLD_CHOICES:
+            raise ValueError(f'cold_levels must be one of {COLD_CHOICES}; seen '
+                             f'{self.cold_levels!r}')
         if self.start_flow not in START_FLOWS:
             raise ValueError(f'start_flow must be one of {START_FLOWS}; seen '
                              f'{self.start_flow!r}')
@@ -179,13 +187,44 @@ class MotionEncoder(nn.Module):
         return torch.cat([mixed, flow], dim=1)
 
 
-def _gru(hidden: Tensor, values: Tensor, convz: nn.Conv2d, convr: nn.Conv2d,
+def _seen(conv: nn.Conv2d) -> Tensor:
+    """Return what ``conv`` of a GRU makes of hidden state and motion: its weight without that
+    of the context, whose channels are the second HIDDEN ones."""
+    return torch.cat([conv.weight[:, :HIDDEN], conv.weight[:, 2 * HIDDEN:]], dim=1)
+
+
+def _share(context: Tensor, *convs: nn.Conv2d) -> Tensor:
+    """Return what the context adds to ``convs`` of a GRU, their biases in it."""
+    weight = torch.cat([conv.weight[:, HIDDEN:2 * HIDDEN] for conv in convs])
+    bias = torch.cat([_bias(conv) for conv in convs])
+    return functional.conv2d(context, weight, bias, padding=_padded(convs[0]))
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
+
+
+def _padded(conv: nn.Conv2d) -> tuple[int, int]:
+    rows, columns = conv.padding
+    return int(rows), int(columns)
+
+
+def _gru(hidden: Tensor, motion: Tensor, share: Tensor, convz: nn.Conv2d, convr: nn.Conv2d,
          convq: nn.Conv2d) -> Tensor:
-    """Update ``hidden`` with one convolutional gated recurrent unit."""
-    joined = torch.cat([hidden, values], dim=1)
-    update = torch.sigmoid(convz(joined))
-    reset = torch.sigmoid(convr(joined))
-    candidate = torch.tanh(convq(torch.cat([reset * hidden, values], dim=1)))
+    """Update ``hidden`` with one convolutional gated recurrent unit.
+
+    ``share`` is what the context adds to z, r and q (``_share``): a convolution of a cat is the
+    sum of those of its parts, and the context is the same in all iterations of a level.
+    """
+    padding = _padded(convz)
+    of_gates, of_candidate = share.split([2 * HIDDEN, HIDDEN], dim=1)
+    gates = functional.conv2d(torch.cat([hidden, motion], dim=1),
+                              torch.cat([_seen(convz), _seen(convr)]), padding=padding)
+    update, reset = torch.sigmoid(gates + of_gates).chunk(2, dim=1)
+    candidate = functional.conv2d(torch.cat([reset * hidden, motion], dim=1), _seen(convq),
+                                  padding=padding)
+    candidate = torch.tanh(candidate + of_candidate)
     return (1 - update) * hidden + update * candidate
 
 
@@ -198,9 +237,14 @@ class ConvGRU(nn.Module):
         self.convr = nn.Conv2d(HIDDEN + inputs, HIDDEN, 3, padding=1)
         self.convq = nn.Conv2d(HIDDEN + inputs, HIDDEN, 3, padding=1)
 
-    def forward(self, hidden: Tensor, values: Tensor) -> Tensor:
+    def shares(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Return what the context adds to the convolutions: (B, 384, H, W), z, r, q."""
+        return (_share(context, self.convz, self.convr, self.convq),)
+
+    def forward(self, hidden: Tensor, motion: Tensor, shares: Sequence[Tensor]) -> Tensor:
         """Return the new hidden state."""
-        return _gru(hidden, values, self.convz, self.convr, self.convq)
+        share, = shares
+        return _gru(hidden, motion, share, self.convz, self.convr, self.convq)
 
 
 class SeparableConvGRU(nn.Module):
@@ -216,10 +260,16 @@ class SeparableConvGRU(nn.Module):
         self.convr2 = nn.Conv2d(width, HIDDEN, (5, 1), padding=(2, 0))
         self.convq2 = nn.Conv2d(width, HIDDEN, (5, 1), padding=(2, 0))
 
-    def forward(self, hidden: Tensor, values: Tensor) -> Tensor:
+    def shares(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Return what the context adds to the convolutions: twice (B, 384, H, W), z, r, q."""
+        return (_share(context, self.convz1, self.convr1, self.convq1),
+                _share(context, self.convz2, self.convr2, self.convq2))
+
+    def forward(self, hidden: Tensor, motion: Tensor, shares: Sequence[Tensor]) -> Tensor:
         """Return the new hidden state."""
-        hidden = _gru(hidden, values, self.convz1, self.convr1, self.convq1)
-        return _gru(hidden, values, self.convz2, self.convr2, self.convq2)
+        across, down = shares
+        hidden = _gru(hidden, motion, across, self.convz1, self.convr1, self.convq1)
+        return _gru(hidden, motion, down, self.convz2, self.convr2, self.convq2)
 
 
 class FlowHead(nn.Module):
@@ -246,11 +296,14 @@ class UpdateBlock(nn.Module):
         self.mask = nn.Sequential(nn.Conv2d(HIDDEN, 256, 3, padding=1), nn.ReLU(),
                                   nn.Conv2d(256, 9 * FACTOR ** 2, 1))
 
-    def forward(self, hidden: Tensor, context: Tensor, correlation: Tensor,
+    def forward(self, hidden: Tensor, shares: Sequence[Tensor], correlation: Tensor,
                 flow: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the new hidden state and the change of flow."""
+        """Return the new hidden state and the change of flow.
+
+        ``shares`` are what ``gru.shares`` makes of the level's context.
+        """
         motion = self.encoder(correlation, flow.to(correlation.dtype))
-        hidden = self.gru(hidden, torch.cat([context, motion], dim=1))
+        hidden = self.gru(hidden, motion, shares)
         return hidden, self.flow_head(hidden).to(flow.dtype)
 
     def upsample(self, hidden: Tensor, flow: Tensor) -> Tensor:
@@ -271,19 +324,21 @@ class DIP(FlowNetwork):
     ablations use; its benchmark entries use 12 for a slightly smaller error at twice the cost,
     and the authors' video demo 20 cold and 12 warm.
 
-    Engines: ``encode`` (image) -> features at 1/4, 1/8, 1/16; ``step`` (features_a, features_b,
-    context, hidden, flow) -> (hidden, flow), one for all levels; ``upsample`` (hidden, flow) ->
-    (flow at 4x,), used between levels and by ``finish``.
+    Engines: ``encode`` (image) -> features at 1/4, 1/8, 1/16; ``context`` (context) -> what it
+    adds to the three GRUs of an iteration, once for each level; ``step`` (features_a,
+    features_b, the three shares, hidden, flow) -> (hidden, flow), one for all levels;
+    ``upsample`` (hidden, flow) -> (flow at 4x,), used between levels and by ``finish``.
     """
 
     name = 'dip'
     default_iterations = 6
-    free_options = frozenset({'start_flow', 'warm_noise'})
-    engines = ('encode', 'step', 'upsample')
+    free_options = frozenset({'start_flow', 'warm_noise', 'cold_levels'})
+    engines = ('encode', 'context', 'step', 'upsample')
     tensor_names = {
         'encode': (('image',), ('features_4', 'features_8', 'features_16')),
-        'step': (('features_a', 'features_b', 'context', 'hidden', 'flow'),
-                 ('next_hidden', 'next_flow')),
+        'context': (('context',), ('share', 'share_across', 'share_down')),
+        'step': (('features_a', 'features_b', 'share', 'share_across', 'share_down', 'hidden',
+                  'flow'), ('next_hidden', 'next_flow')),
         'upsample': (('hidden', 'flow'), ('fine_flow',))}
 
     def __init__(self, config: DIPConfig = DIPConfig()) -> None:
@@ -302,28 +357,33 @@ class DIP(FlowNetwork):
         eighth = functional.avg_pool2d(quarter, 2)
         return quarter, eighth, functional.avg_pool2d(eighth, 2)
 
-    def step_engine(self, features_a: Tensor, features_b: Tensor, context: Tensor,
-                    hidden: Tensor, flow: Tensor) -> tuple[Tensor, ...]:
+    def context_engine(self, context: Tensor) -> tuple[Tensor, ...]:
+        """Return what ``context`` adds to the GRUs of a level: three of (B, 384, h, w)."""
+        return (*self.update_block_s.gru.shares(context), *self.update_block.gru.shares(context))
+
+    def step_engine(self, features_a: Tensor, features_b: Tensor, share: Tensor,
+                    share_across: Tensor, share_down: Tensor, hidden: Tensor,
+                    flow: Tensor) -> tuple[Tensor, ...]:
         """Do one iteration on one level; return the hidden state and the flow."""
-        hidden, flow = self._propagate(features_a, features_b, context, hidden, flow)
-        return self._search(features_a, features_b, context, hidden, flow)
+        hidden, flow = self._propagate(features_a, features_b, (share,), hidden, flow)
+        return self._search(features_a, features_b, (share_across, share_down), hidden, flow)
 
     def upsample_engine(self, hidden: Tensor, flow: Tensor) -> tuple[Tensor, ...]:
         """Return the flow of a finished iteration at four times its size, in px of that."""
         return (self.update_block.upsample(hidden, flow),)
 
-    def _propagate(self, features_a: Tensor, features_b: Tensor, context: Tensor,
+    def _propagate(self, features_a: Tensor, features_b: Tensor, shares: Sequence[Tensor],
                    hidden: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
         flow = flow.detach()  # as trained: no gradient through the place of a match
         correlation = propagation_correlation_released(features_a, features_b, flow)
-        hidden, delta = self.update_block_s(hidden, context, correlation, flow)
+        hidden, delta = self.update_block_s(hidden, shares, correlation, flow)
         return hidden, flow + delta
 
-    def _search(self, features_a: Tensor, features_b: Tensor, context: Tensor,
+    def _search(self, features_a: Tensor, features_b: Tensor, shares: Sequence[Tensor],
                 hidden: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
         flow = flow.detach()
         correlation = local_search_released(features_a, warp(features_b, flow))
-        hidden, delta = self.update_block(hidden, context, correlation, flow)
+        hidden, delta = self.update_block(hidden, shares, correlation, flow)
         return hidden, flow + delta
 
     # The four acts.
@@ -349,7 +409,7 @@ class DIP(FlowNetwork):
         count = self._iterations(iterations)
         check_pair(features_a, features_b)
         quarter = features_a.tensors[0]
-        levels: tuple[int, ...] = COLD_LEVELS
+        levels = self.config.cold_levels
         if prior_flow is None:
             height, width = features_a.tensors[-1].shape[-2:]
             flow = quarter.new_zeros((quarter.shape[0], 2, height, width), dtype=torch.float32)
@@ -365,7 +425,7 @@ class DIP(FlowNetwork):
                                  for level in (levels if warm else levels[:1])])
         state = State(features_a, features_b, level=levels[0], flow=flow, warm=warm,
                       schedule=tuple(Step(level) for level in levels for _ in range(count)))
-        return self._enter(state, levels[0], flow, tuple(noise))
+        return self._enter(state, levels[0], flow, tuple(noise), call or self.engine)
 
     def step(self, state: State, *, call: Call | None = None) -> State:
         """Do one iteration, moving to the next level first where the schedule says so."""
@@ -374,10 +434,10 @@ class DIP(FlowNetwork):
                              f'finish, or start again with more iterations')
         run = call or self.engine
         state = self._on_the_next_level(state, run)
-        hidden, context, *noise = state.memory
+        hidden, *kept = state.memory
         hidden, flow = run('step', _at(state.features_a, state.level),
-                           _at(state.features_b, state.level), context, hidden, state.flow)
-        return state.advanced(flow=flow, memory=(hidden, context, *noise))
+                           _at(state.features_b, state.level), *kept[:SHARES], hidden, state.flow)
+        return state.advanced(flow=flow, memory=(hidden, *kept))
 
     def finish(self, state: State, *, call: Call | None = None) -> FlowOutput:
         """Return the full-resolution flow of ``state``; legal after any step."""
@@ -407,24 +467,26 @@ class DIP(FlowNetwork):
         flows: list[Tensor] = []
         while state.schedule:
             state = self._on_the_next_level(state, self.engine)
-            hidden, context, *rest = state.memory
+            hidden, *kept = state.memory
             inputs = (_at(state.features_a, state.level), _at(state.features_b, state.level),
-                      context, hidden, state.flow)
+                      *kept[:SHARES], hidden, state.flow)
             if checkpointed:
                 hidden, flow, *fine = checkpoint(self._iteration, *inputs, use_reentrant=False,
                                                  preserve_rng_state=False)
             else:
                 hidden, flow, *fine = self._iteration(*inputs)
             flows += [_to_image(values, state) for values in fine]
-            state = state.advanced(flow=flow, memory=(hidden, context, *rest))
+            state = state.advanced(flow=flow, memory=(hidden, *kept))
         return flows
 
-    def _iteration(self, features_a: Tensor, features_b: Tensor, context: Tensor,
-                   hidden: Tensor, flow: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _iteration(self, features_a: Tensor, features_b: Tensor, share: Tensor,
+                   share_across: Tensor, share_down: Tensor, hidden: Tensor,
+                   flow: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what ``step_engine`` does, and both of its flows at four times their size."""
-        hidden, flow = self._propagate(features_a, features_b, context, hidden, flow)
+        hidden, flow = self._propagate(features_a, features_b, (share,), hidden, flow)
         propagated = self.update_block_s.upsample(hidden, flow)
-        hidden, flow = self._search(features_a, features_b, context, hidden, flow)
+        hidden, flow = self._search(features_a, features_b, (share_across, share_down), hidden,
+                                    flow)
         return hidden, flow, propagated, self.update_block.upsample(hidden, flow)
 
     def _on_the_next_level(self, state: State, run: Call) -> State:
@@ -434,7 +496,7 @@ class DIP(FlowNetwork):
             return state
         fine, = run('upsample', state.memory[0], state.flow)
         flow = _resize(fine, _map(state.features_a, level))
-        return self._enter(state, level, flow, state.memory[2:])
+        return self._enter(state, level, flow, state.memory[1 + SHARES:], run)
 
     def _iterations(self, iterations: int | None) -> int:
         if iterations is None:
@@ -459,9 +521,11 @@ class DIP(FlowNetwork):
                      for index, level in enumerate(levels))
 
     @staticmethod
-    def _enter(state: State, level: int, flow: Tensor, noise: tuple[Tensor, ...]) -> State:
+    def _enter(state: State, level: int, flow: Tensor, noise: tuple[Tensor, ...],
+               run: Call) -> State:
         """Return ``state`` at the start of ``level``: hidden state and context are fresh.
 
+        Of the context, what it adds to the GRUs is kept: it is all that the steps need of it.
         The cold schedule pools hidden state and context after their activation, the warm one
         before; that is how the weights were trained and how they are used.
         """
@@ -477,7 +541,7 @@ class DIP(FlowNetwork):
             context = functional.avg_pool2d(context, pool)
         return State(state.features_a, state.features_b, level=level, flow=flow,
                      schedule=state.schedule, done=state.done, warm=state.warm,
-                     memory=(hidden, context, *noise[1:]))
+                     memory=(hidden, *run('context', context), *noise[1:]))
 
 
 def fixed_pattern(size: tuple[int, int]) -> Tensor:

@@ -122,7 +122,7 @@ def outputs(network: DIP, parity: dict[str, np.ndarray]) -> dict[str, Tensor]:
                  propagation_correlation_released(map1, map2, flow)),
                 ('search', network.update_block,
                  local_search_released(map1, warp(map2, flow)))):
-            net, delta = block(hidden, context, correlation, flow)
+            net, delta = block(hidden, block.gru.shares(context), correlation, flow)
             found[f'unit_corr_{label}'] = correlation
             found[f'unit_{label}_net'] = net
             found[f'unit_{label}_delta'] = delta
@@ -359,6 +359,21 @@ def test_the_schedule_has_six_iterations_per_level_by_default(network: DIP) -> N
     assert levels == [16] * 6 + [4] * 6
 
 
+def test_a_cold_start_may_visit_the_middle_level(parity: dict[str, np.ndarray]) -> None:
+    network = seeded_dip(DIPConfig(cold_levels=(16, 8, 4)))
+    image1, image2 = crops(parity, 64, 96)
+    with torch.inference_mode():
+        state = network.start(network.encode(image1), network.encode(image2), iterations=2)
+        assert [step.level for step in state.schedule] == [16, 16, 8, 8, 4, 4]
+        while state.schedule:
+            state = network.step(state)
+            height, width = 64 // state.level, 96 // state.level
+            assert tuple(state.flow.shape) == (1, 2, height, width)
+        flow = network.finish(state).flow
+        assert flow.shape == (1, 2, 64, 96) and bool(flow.isfinite().all())
+        assert (flow - seeded_dip(DIPConfig())(image1, image2, 2).flow).abs().max() > 0.1
+
+
 def test_results_do_not_depend_on_nor_move_the_global_generator(
         parity: dict[str, np.ndarray]) -> None:
     network = seeded_dip(DIPConfig(warm_noise=1.0))
@@ -397,7 +412,8 @@ def test_all_tensor_work_goes_through_call_and_masks_only_where_needed(
         for hook in hooks:
             hook.remove()
         assert torch.equal(flow, network(image1, image2, 2).flow)
-    assert names == ['encode', 'encode', 'step', 'step', 'upsample', 'step', 'step', 'upsample']
+    assert names == ['encode', 'encode', 'context', 'step', 'step', 'upsample', 'context', 'step',
+                     'step', 'upsample']
     assert masks == ['basic', 'basic']
 
 
@@ -414,7 +430,7 @@ def test_engine_functions_export_with_free_sizes(network: DIP) -> None:
     def inputs(height: int, width: int) -> tuple[Tensor, ...]:
         generator = torch.Generator().manual_seed(5)
         return tuple(torch.randn(1, channels, height, width, generator=generator)
-                     for channels in (256, 256, 128, 128, 2))
+                     for channels in (256, 256, 384, 384, 384, 128, 2))
 
     first = inputs(8, 12)
     free = ({2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},) * len(first)
@@ -558,7 +574,7 @@ def test_bad_input_is_named(network: DIP) -> None:
 
 
 @pytest.mark.parametrize('options', [{'start_flow': 'random'}, {'warm_noise': -1.0},
-                                     {'warm_noise': float('nan')}])
+                                     {'warm_noise': float('nan')}, {'cold_levels': (8, 4)}])
 def test_options_are_checked(options: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         DIPConfig(**options)
