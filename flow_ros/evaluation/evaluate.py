@@ -61,17 +61,25 @@ class Estimate:
 Estimator = Callable[[ByteArray, ByteArray], Estimate | FloatArray]
 
 
-class DisFlow:
-    """OpenCV's dense inverse search, preset medium, as an estimator."""
+DIS_PRESETS: Mapping[str, int] = {'ultrafast': cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST,
+                                  'fast': cv2.DISOPTICAL_FLOW_PRESET_FAST,
+                                  'medium': cv2.DISOPTICAL_FLOW_PRESET_MEDIUM}
 
-    def __init__(self) -> None:
+
+class DisFlow:
+    """OpenCV's dense inverse search as an estimator; ``preset`` is one of ``DIS_PRESETS``."""
+
+    def __init__(self, preset: str = 'medium') -> None:
         """Make the algorithm, which keeps its buffers between calls."""
-        self._dis: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        self._dis: Any = cv2.DISOpticalFlow.create(DIS_PRESETS[preset])
 
     def __call__(self, image1: ByteArray, image2: ByteArray) -> Estimate:
         """Return the flow from ``image1`` to ``image2``, RGB uint8."""
-        flow = self._dis.calc(to_grey(image1), to_grey(image2), None)
-        return Estimate(np.asarray(flow, dtype=np.float32))
+        return Estimate(self.calc(to_grey(image1), to_grey(image2)))
+
+    def calc(self, grey1: ByteArray, grey2: ByteArray) -> FloatArray:
+        """Return the flow (H, W, 2) between two frames, uint8 (H, W), that are grey already."""
+        return np.asarray(self._dis.calc(grey1, grey2, None), dtype=np.float32)
 
 
 def to_grey(image: ByteArray) -> ByteArray:
@@ -107,16 +115,19 @@ def estimate_pair(network: 'FlowNetwork', image1: 'Tensor', image2: 'Tensor', *,
 
 
 def network_estimator(network: 'FlowNetwork', *, iterations: int | None = None,
-                      runtime: str = 'torch') -> Estimator:
+                      runtime: 'str | Runtime' = 'torch') -> Estimator:
     """Return an estimator that runs ``network`` cold, with a budget of ``iterations``.
 
     ``runtime`` 'torch' runs the network's own code where its parameters are and leaves its
-    training mode as it was; other names make a runtime (see ``flow_ros.runtimes``).
+    training mode as it was; other names make a runtime (see ``flow_ros.runtimes``). A runtime
+    of ``network`` that is there already is used.
     """
     import torch
 
     made: Runtime | None = None
-    if runtime != 'torch':
+    if not isinstance(runtime, str):
+        made = runtime
+    elif runtime != 'torch':
         from flow_ros.runtimes import create_runtime
         made = create_runtime(runtime, network)
 

@@ -44,7 +44,7 @@ ALLOWED = {
     'streaming': {'ops', 'networks', 'runtimes'},
     'synthetic': {'ops'},
     'training': NODE_PATH | {'synthetic', 'evaluation', 'flow_io', 'visualization'},
-    'evaluation': NODE_PATH | {'synthetic', 'flow_io', 'visualization'},
+    'evaluation': NODE_PATH | {'synthetic', 'flow_io', 'visualization', 'sources', 'apart'},
     'nodes': NODE_PATH | LEAVES,
     'cli': NODE_PATH | LEAVES | {'nodes', 'synthetic', 'training', 'evaluation'},
     'flow_io': set(),
