@@ -20,7 +20,7 @@ answering old ones. Every header stays with its frame: forward flow has the head
 previous frame, whose pixels it moves, backward flow that of the frame itself.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import os
 from pathlib import Path
 import signal
@@ -30,6 +30,8 @@ import time
 import traceback
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 import rclpy
 from rclpy.clock import Clock, ClockType
 from rclpy.exceptions import ParameterException
@@ -46,11 +48,13 @@ from flow_ros.nodes.frames import Arrival, Frame, why_no_flow
 from flow_ros.nodes.image_input import ImageInput
 from flow_ros.nodes.mailbox import Mailbox
 from flow_ros.nodes.messages import image_to_rgb, MessageError
-from flow_ros.nodes.parameters import declare, values_of
+from flow_ros.nodes.parameters import declare, LiveValues
 from flow_ros.nodes.process import tune_malloc
 from flow_ros.nodes.publishers import FlowTopics, needed_outputs
 from flow_ros.nodes.qos import input_qos
+from flow_ros.nodes.timing import ArrivalPeriod, UsualTime
 from flow_ros.streaming import Budget, FlowEstimator, FlowResult
+from flow_ros.streaming.view import View
 
 LOOK_PERIOD_S = 0.5
 
@@ -66,7 +70,8 @@ class FlowNode(Node):
         """
         super().__init__('flow', **arguments)
         self._teller = declare(self)
-        values = values_of(self)
+        self._values = LiveValues(self)
+        values = self._values.now()
         if values['tune_malloc']:
             tune_malloc()
         self._estimator = FlowEstimator(
@@ -81,9 +86,13 @@ class FlowNode(Node):
         self._previous: Frame | None = None
         self._camera_info: CameraInfo | None = None
         self._flow_out = self._starts = self._skipped = self._bad = self._stale = 0
+        self._overruns = 0
+        self._period = ArrivalPeriod()
+        self._publishing = UsualTime()
         self._prepared: set[tuple[int, int]] = set()
         self._latency_ms = 0.0
-        self._said = (time.monotonic(), 0)
+        self._budget_ms: float | None = None
+        self._said = (time.monotonic(), 0, 0)
         self._forward = FlowTopics(node=self)
         self._backward = (FlowTopics(node=self, prefix='~/backward/')
                           if values['direction'] == 'both' else None)
@@ -125,35 +134,42 @@ class FlowNode(Node):
                           runtime_status=self._estimator.status)
 
     def _receive(self, message: Image) -> None:
-        self._mailbox.put(Arrival(message, time.perf_counter()))
+        arrival = Arrival(message, time.perf_counter())
+        self._period.add(arrival.came)
+        self._mailbox.put(arrival)
 
     def _receive_camera_info(self, message: CameraInfo) -> None:
         self._camera_info = message
 
     def _look(self) -> None:
         self._tell()
-        values = values_of(self)
+        values = self._values.now()
         self._images.look(values['reliability'], no_image_timeout_s=values['no_image_timeout_s'])
-        then, flow_then = self._said
+        then, flow_then, overruns_then = self._said
         seconds = time.monotonic() - then
         if 0.0 < values['status_period_s'] <= seconds:
-            rate = (self._flow_out - flow_then) / seconds
-            self._said = (time.monotonic(), self._flow_out)
+            flows, overruns = self._flow_out - flow_then, self._overruns - overruns_then
+            self._said = (time.monotonic(), self._flow_out, self._overruns)
             if self._images.taken:
                 counts = ', '.join(f'{name} {count}' for name, count in self._counts().items())
-                self.get_logger().info(f'{rate:.1f} flow/s, latency {self._latency_ms:.0f} ms; '
-                                       f'{counts}')
+                kept = ('' if self._budget_ms is None else
+                        f' of {self._budget_ms:.0f} ({values["budget"]}), kept by '
+                        f'{max(0, flows - overruns)} of {flows}')
+                self.get_logger().info(f'{flows / seconds:.1f} flow/s, latency '
+                                       f'{self._latency_ms:.0f} ms{kept}; {counts}')
 
     def _counts(self) -> dict[str, object]:
         """Return what became of all the frames since the start.
 
         ``frames_in`` is the sum of the next five: a flow, dropped for a newer frame, unusable,
-        the first of a stream, nobody subscribed. ``lost`` are those the middleware lost.
+        the first of a stream, nobody subscribed. ``lost`` are those the middleware lost,
+        ``overruns`` the flows that came later than their budget.
         """
         replaced = self._images.replaced
         return {'frames_in': self._images.taken + replaced, 'flow_out': self._flow_out,
                 'dropped': self._mailbox.dropped + self._stale + replaced, 'bad': self._bad,
-                'starts': self._starts, 'skipped': self._skipped, 'lost': self._images.lost}
+                'starts': self._starts, 'skipped': self._skipped, 'lost': self._images.lost,
+                'overruns': self._overruns}
 
     def _work(self) -> None:
         while (arrival := self._mailbox.take()) is not None:
@@ -179,7 +195,7 @@ class FlowNode(Node):
         self._previous = None
 
     def _process(self, arrival: Arrival) -> None:
-        values = values_of(self)
+        values = self._values.now()
         if values['direction'] == 'both' and self._backward is None:
             self._backward = FlowTopics(node=self, prefix='~/backward/')
         topics = self._forward.wanted()
@@ -190,14 +206,17 @@ class FlowNode(Node):
             self._skipped += 1
             self._forget()  # what nobody sees is not computed, and not kept
             return
-        pixels = image_to_rgb(arrival.message, mono16_white=values['mono16_white'])
-        frame = Frame(arrival.message.header, (pixels.shape[1], pixels.shape[0]))
+        frame, pixels = self._view(arrival.message, values)
+        self._set_up(values, needed_outputs(topics | backward))
         if not self._prepare(frame):
             self._stale += 1
             return
+        self._follow_view(frame)
         previous = self._previous
-        self._set_up(values, needed_outputs(topics | backward))
-        result = self._estimator(pixels, frame.stamp)
+        result = self._estimator(pixels, frame.stamp, came=arrival.came,
+                                 after_ms=self._publishing.milliseconds,
+                                 period_s=self._period.seconds)
+        estimated = time.perf_counter()
         if result is None:
             self._refuse(self._estimator.none_reason, frame, values['max_gap_s'])
             return
@@ -205,10 +224,42 @@ class FlowNode(Node):
         if previous is None:
             return
         self._flow_out += 1
-        self._publish(self._forward, result, previous, frame, topics, arrival, values)
+        told = [(self._forward, result, topics)]
         if result.backward is not None and self._backward is not None:
-            self._publish(self._backward, result.backward, previous, frame, backward, arrival,
-                          values)
+            told.append((self._backward, result.backward, backward))
+        facts = [self._publish(*one, previous, frame, values) for one in told]
+        now = time.perf_counter()
+        self._publishing.add(1e3 * (now - estimated))
+        self._latency_ms, self._budget_ms = 1e3 * (now - arrival.came), result.budget_ms
+        self._overruns += result.budget_ms is not None and self._latency_ms > result.budget_ms
+        for one, fact in zip(told, facts):
+            self._inform(*one, previous, frame, values, fact)
+
+    def _view(self, message: Image,
+              values: Mapping[str, Any]) -> tuple[Frame, NDArray[np.uint8]]:
+        """Return the frame, and its pixels (h, w, 3) RGB; raises MessageError."""
+        image = image_to_rgb(message, mono16_white=values['mono16_white'])
+        view = View(scale=values['scale'], roi=View.parse_roi(values['roi']))
+        try:
+            pixels = view.apply(image)
+        except ValueError as error:
+            raise MessageError(f'{error}, with the parameter roi', kind='roi') from error
+        return Frame(message.header, size=(pixels.shape[1], pixels.shape[0]),
+                     camera=(image.shape[1], image.shape[0]), view=view), pixels
+
+    def _follow_view(self, frame: Frame) -> None:
+        """Start the stream again where the same size now means other pixels."""
+        previous = self._previous
+        if previous is None:
+            return
+        if previous.view != frame.view:
+            self._say('info', f'scale or roi was set: {frame.size[0]}x{frame.size[1]} px of '
+                              f'{frame.camera[0]}x{frame.camera[1]} now; the stream starts again')
+        elif previous.size == frame.size and previous.camera != frame.camera:
+            self._complain('size changed', why_no_flow('size changed', previous, frame, 0.0))
+        else:
+            return  # what changes the size, the estimator sees
+        self._forget()
 
     def _prepare(self, frame: Frame) -> bool:
         """Compile for a new size; False where a newer frame came meanwhile: do that one."""
@@ -231,34 +282,46 @@ class FlowNode(Node):
         self._starts += 1
         self._previous = frame
 
-    def _set_up(self, values: dict[str, Any], outputs: frozenset[str]) -> None:
+    def _set_up(self, values: Mapping[str, Any], outputs: frozenset[str]) -> None:
         """Give the estimator the parameters as they are now, between two frames."""
         estimator = self._estimator
         estimator.outputs = outputs
-        estimator.budget = Budget(iterations=values['iterations'] or None)
+        estimator.budget = Budget(
+            iterations=values['iterations'] or None, rate=values['budget'] == 'rate',
+            latency_ms=values['latency_ms'] if values['budget'] == 'latency' else None)
+        estimator.early_stop_px = values['early_stop_px']
         estimator.direction = values['direction']
         estimator.warm_start = values['warm_start']
         estimator.max_gap_s = values['max_gap_s']
 
-    def _publish(self, publishers: FlowTopics, result: FlowResult, previous: Frame, frame: Frame,
-                 topics: frozenset[str], arrival: Arrival, values: dict[str, Any]) -> None:
-        header = (frame if result.direction == 'backward' else previous).header
-        told = publishers.publish(result, header=header, topics=topics,
-                                  color_max_px=values['color_max_px'],
-                                  camera_info=self._camera_info)
-        self._latency_ms = 1e3 * (time.perf_counter() - arrival.came)
-        if 'info' in topics:
-            runtime = self._estimator.runtime
-            publishers.publish_info(
-                header, message='warm' if result.warm else f'cold: {result.cold_reason}',
-                hardware_id=str(runtime.device), values={
-                    'dt_s': result.dt_s, 'direction': result.direction,
-                    'iterations': result.iterations, 'warm': result.warm,
-                    'cold_reason': result.cold_reason, 'latency_ms': self._latency_ms,
-                    'network': values['network'], 'runtime': runtime.name,
-                    'runtime_status': self._estimator.status,
-                    'precision': values['precision'], **self._counts(), **told,
-                    **{f'{act}_ms': ms for act, ms in result.timings_ms.items()}})
+    def _publish(self, publishers: FlowTopics, result: FlowResult, topics: frozenset[str],
+                 previous: Frame, frame: Frame, values: Mapping[str, Any]) -> dict[str, object]:
+        """Publish the images; return what info shall tell of them."""
+        return publishers.publish(
+            result, frame=frame if result.direction == 'backward' else previous, topics=topics,
+            color_max_px=values['color_max_px'], camera_info=self._camera_info)
+
+    def _inform(self, publishers: FlowTopics, result: FlowResult, topics: frozenset[str],
+                previous: Frame, frame: Frame, values: Mapping[str, Any],
+                told: Mapping[str, object]) -> None:
+        """Publish info: the last message of a flow, so that its latency is whole."""
+        if 'info' not in topics:
+            return
+        runtime, period_s = self._estimator.runtime, self._period.seconds
+        publishers.publish_info(
+            (frame if result.direction == 'backward' else previous).header,
+            message='warm' if result.warm else f'cold: {result.cold_reason}',
+            hardware_id=str(runtime.device), values={
+                'dt_s': result.dt_s, 'direction': result.direction,
+                'iterations': result.iterations, 'warm': result.warm,
+                'cold_reason': result.cold_reason, 'ended': result.ended,
+                'latency_ms': self._latency_ms, 'budget_ms': result.budget_ms,
+                'predicted_ms': result.predicted_ms, 'spent_ms': result.spent_ms,
+                'camera_period_ms': None if period_s is None else 1e3 * period_s,
+                'network': values['network'], 'runtime': runtime.name,
+                'runtime_status': self._estimator.status, 'precision': values['precision'],
+                'scale': values['scale'], 'roi': values['roi'], **self._counts(), **told,
+                **{f'{act}_ms': ms for act, ms in result.timings_ms.items()}})
 
 
 def _start() -> FlowNode | None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
+from flow_ros.streaming.view import View
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -30,10 +32,15 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Frame:
-    """The header and size (width, height) of a frame given to the estimator."""
+    """The header and size (width, height) of a frame given to the estimator.
+
+    ``view`` of the camera's image, whose size is ``camera``, is what was given.
+    """
 
     header: Header
     size: tuple[int, int]
+    camera: tuple[int, int]
+    view: View
 
     @property
     def stamp(self) -> float:
@@ -52,8 +59,8 @@ def why_no_flow(reason: str, previous: Frame, frame: Frame, max_gap_s: float) ->
             f'two frames have the stamp {now.stamp:.6f} s; expected a later one (two publishers, '
             f'or a driver that does not stamp its frames?): the second is left out',
         'size changed':
-            f'the size went from {before.size[0]}x{before.size[1]} to {now.size[0]}x'
-            f'{now.size[1]} px: the stream starts again',
+            f'the size went from {before.camera[0]}x{before.camera[1]} to {now.camera[0]}x'
+            f'{now.camera[1]} px: the stream starts again',
         'gap':
             f'the frames are {now.stamp - before.stamp:.3f} s apart, more than max_gap_s '
             f'({max_gap_s:g} s): the stream starts again; raise max_gap_s if the camera or this '

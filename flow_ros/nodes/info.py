@@ -23,12 +23,17 @@ from std_msgs.msg import Header
 def _text(value: object) -> str:
     if isinstance(value, bool):
         return 'true' if value else 'false'
+    if value is None:
+        return ''
     return f'{value:.6g}' if isinstance(value, float) else str(value)
 
 
 def make_info(header: Header, *, name: str, message: str, hardware_id: str,
               values: Mapping[str, object]) -> DiagnosticArray:
-    """Return one OK status with ``values`` in their order; floats to six digits, bools lower."""
+    """Return one OK status with ``values`` in their order.
+
+    Floats have six digits, bools are true and false, None is an empty text.
+    """
     status = DiagnosticStatus(
         level=DiagnosticStatus.OK, name=name, message=message, hardware_id=hardware_id,
         values=[KeyValue(key=key, value=_text(value)) for key, value in values.items()])

@@ -22,13 +22,16 @@ vectorised pass in OpenCV, which is several times faster than NumPy's reversed c
 from collections.abc import Callable
 from dataclasses import dataclass
 import sys
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
+
+if TYPE_CHECKING:  # what only reads images needs no torch
+    from flow_ros.streaming.view import View
 
 MONO16_WHITE = 65535
 
@@ -205,23 +208,50 @@ def scaled_camera_info(info: CameraInfo, header: Header, width: int, height: int
     """
     described = ((info.roi.width or info.width) // max(1, info.binning_x),
                  (info.roi.height or info.height) // max(1, info.binning_y))
-    scaled = CameraInfo(header=header, width=info.width, height=info.height, d=info.d, r=info.r,
-                        distortion_model=info.distortion_model, k=info.k, p=info.p,
-                        binning_x=info.binning_x, binning_y=info.binning_y, roi=info.roi)
     if 0 in described or described == (width, height):
-        return scaled
-    # K and P are for the full, unbinned sensor: from here on they are for the image itself.
-    x, y = width / (info.roi.width or info.width), height / (info.roi.height or info.height)
+        return _copied(info, header)
+    return _of_the_image(info, header, width, height)
+
+
+def viewed_camera_info(info: CameraInfo, header: Header, view: 'View', width: int,
+                       height: int) -> CameraInfo:
+    """Return the info of the ``view`` of a camera's image of ``width`` x ``height`` px.
+
+    K and P are then of the view itself: so, as sensor_msgs has it, width and height are the
+    view's, and binning and region of interest are none. Distortion and rectification are not
+    changed by a view. Without a view it is ``scaled_camera_info``.
+    """
+    if view.whole:
+        return scaled_camera_info(info, header, width, height)
+    viewed = _of_the_image(info, header, width, height)
+    matrix = view.matrix(width, height)
+    viewed.k = (matrix @ np.reshape(viewed.k, (3, 3))).ravel()
+    viewed.p = (matrix @ np.reshape(viewed.p, (3, 4))).ravel()
+    viewed.width, viewed.height = view.size_of(width, height)
+    return viewed
+
+
+def _copied(info: CameraInfo, header: Header) -> CameraInfo:
+    return CameraInfo(header=header, width=info.width, height=info.height, d=info.d, r=info.r,
+                      distortion_model=info.distortion_model, k=info.k, p=info.p,
+                      binning_x=info.binning_x, binning_y=info.binning_y, roi=info.roi)
+
+
+def _of_the_image(info: CameraInfo, header: Header, width: int, height: int) -> CameraInfo:
+    """Return ``info`` with K and P for the image itself, not for the full, unbinned sensor."""
+    x = width / (info.roi.width or info.width or width)
+    y = height / (info.roi.height or info.height or height)
     shift = np.array([[info.roi.x_offset], [info.roi.y_offset], [0.0]])
     scale = np.array([[x], [y], [1.0]])
+    result = _copied(info, header)
     for name, columns in (('k', 3), ('p', 4)):
         matrix = np.array(getattr(info, name), dtype=np.float64).reshape(3, columns)
         matrix[:, 2:3] -= shift * (matrix[2, 2] != 0)
-        setattr(scaled, name, (matrix * scale).ravel())
-    scaled.width, scaled.height = width, height
-    scaled.binning_x = scaled.binning_y = 0
-    scaled.roi = type(info.roi)()
-    return scaled
+        setattr(result, name, (matrix * scale).ravel())
+    result.width, result.height = width, height
+    result.binning_x = result.binning_y = 0
+    result.roi = type(info.roi)()
+    return result
 
 
 def _for_opencv(view: NDArray[Any]) -> NDArray[Any]:

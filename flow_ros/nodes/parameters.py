@@ -19,7 +19,7 @@ Declaration, ``config/flow.yaml`` and the README's table all come from ``PARAMET
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 import sys
@@ -32,6 +32,9 @@ if TYPE_CHECKING:  # the table is read without ROS too: launch arguments, files
 
 Value = bool | int | float | str
 
+EARLY_STOP_PX = 0.0
+"""The estimator's default."""
+
 BEGIN = '<!-- parameters -->'
 END = '<!-- /parameters -->'
 
@@ -41,7 +44,9 @@ class Parameter:
     """One parameter: what it is called, does, may be, and whether it may change while running.
 
     The type of ``default`` is the type of the parameter. ``step`` 0 means any value of the range.
-    ``told`` parameters are set by the node alone, for others to read.
+    ``told`` parameters are set by the node alone, for others to read. ``refuses`` says why a
+    value is not allowed where neither a range nor choices can, '' where it is, and ``words``
+    what is.
     """
 
     name: str
@@ -53,6 +58,8 @@ class Parameter:
     choices: tuple[str, ...] = ()
     read_only: bool = False
     told: bool = False
+    refuses: Callable[[Any], str] | None = None
+    words: str = ''
 
     @property
     def allowed(self) -> str:
@@ -62,7 +69,7 @@ class Parameter:
         if isinstance(self.default, bool):
             return 'true, false'
         if self.minimum is None or self.maximum is None:
-            return ''
+            return self.words
         return f'{self.minimum:g} to {self.maximum:g}'
 
     def refusal(self, value: Value) -> str:
@@ -72,7 +79,17 @@ class Parameter:
                     f'choose the runtime with the parameter runtime, at start')
         if self.choices and value not in self.choices:
             return f'{self.name} is {value!r}; expected one of {self.allowed}'
-        return ''
+        return self.refuses(value) if self.refuses is not None else ''
+
+
+def refuse_roi(value: str) -> str:
+    """Return why ``value`` is no region of interest, or an empty text."""
+    from flow_ros.streaming.view import View  # here: launch files read the table without torch
+    try:
+        View.parse_roi(value)
+    except ValueError as error:
+        return f'roi: {error}'
+    return ''
 
 
 PARAMETERS: tuple[Parameter, ...] = (
@@ -94,9 +111,25 @@ PARAMETERS: tuple[Parameter, ...] = (
               '`$FLOW_ROS_CACHE`, else `~/.cache/flow_ros`.', read_only=True),
     Parameter('workspace_mib', 0, 'Memory (MiB of the GPU) that TensorRT may use to try kernels '
               "while it builds; 0: TensorRT's own limit.", 0, 1048576, 1, read_only=True),
-    Parameter('iterations', 0, "The budget: iterations per level of dip_rt and dip, levels "
-              "of hd3 (5), scales of mscsl (4); 0: the network's default. Fewer are faster, more "
-              'are more exact.', 0, 100, 1),
+    Parameter('budget', 'iterations', 'What decides how much work a flow is: `iterations`, just '
+              'so many; `latency`, as many as are done `latency_ms` after the frame came; `rate`, '
+              'as many as keep up with the camera, so that no frame is dropped.',
+              choices=('iterations', 'latency', 'rate')),
+    Parameter('latency_ms', 100.0, 'With budget `latency`: from the arrival of a frame to its '
+              'flow published (ms). One step is done at least, which may take longer: `overruns` '
+              'in `~/info` counts those.', 1.0, 60000.0),
+    Parameter('iterations', 0, 'Iterations per level of dip_rt and dip, levels of hd3 (5), '
+              "scales of mscsl (4); 0: the network's default. Fewer are faster, more are more "
+              'exact. With budget `latency` and `rate` it is the most; 0: as many as the network '
+              'ever needs.', 0, 100, 1),
+    Parameter('early_stop_px', EARLY_STOP_PX, 'A flow is done when the largest update of a step '
+              'is below this (px of the published size); 0: never before the budget ends.',
+              0.0, 100.0),
+    Parameter('scale', 1.0, 'The images are made this much smaller first. Flow, confidence and '
+              'occlusion have that size, and flow is in its px.', 0.05, 1.0),
+    Parameter('roi', '', "The part of the camera's image that is worked on, `WIDTHxHEIGHT+X+Y` in "
+              'its px, such as `640x240+0+240`; empty: all. `scale` comes after it.',
+              refuses=refuse_roi, words='WIDTHxHEIGHT+X+Y'),
     Parameter('direction', 'forward', '`forward`: from the previous frame to this one, on the '
               "previous frame's grid and with its header; `backward`: from this frame to the "
               'previous one, on this frame; `both`: forward, and backward under `~/backward/`.',
@@ -222,6 +255,29 @@ def parameter_files(config: Path, *, preset: str = '', params_file: str = '') ->
     files = [config / f'{preset}.yaml'] if preset else []
     files += [Path(params_file)] if params_file else []
     return files or [config / 'flow.yaml']
+
+
+class LiveValues:
+    """The values of all parameters, read again only when one was set."""
+
+    def __init__(self, node: 'Node') -> None:
+        """Read them; ``declare`` must have been called."""
+        self._node = node
+        self._values = values_of(node)
+        # Humble has no such callback: there they are read every time.
+        watch = getattr(node, 'add_post_set_parameters_callback', None)
+        self._watched = watch is not None
+        if watch is not None:
+            watch(self._read)
+
+    def now(self) -> Mapping[str, Any]:
+        """Return the values as they are now; safe from any thread."""
+        if not self._watched:
+            self._values = values_of(self._node)
+        return self._values
+
+    def _read(self, changed: 'Sequence[RosParameter]') -> None:
+        self._values = values_of(self._node)
 
 
 def values_of(node: 'Node') -> dict[str, Any]:

@@ -25,8 +25,9 @@ from rclpy.qos_overriding_options import QoSOverridingOptions
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
 
+from flow_ros.nodes.frames import Frame
 from flow_ros.nodes.info import make_info
-from flow_ros.nodes.messages import scaled_camera_info, to_image
+from flow_ros.nodes.messages import to_image, viewed_camera_info
 from flow_ros.nodes.qos import output_qos
 from flow_ros.streaming import FlowResult
 from flow_ros.visualization import confidence_to_mono, flow_to_color
@@ -87,10 +88,13 @@ class FlowTopics:
         return frozenset(topic for topic, publisher in self._publishers.items()
                          if publisher.get_subscription_count() > 0)
 
-    def publish(self, result: FlowResult, *, header: Header, topics: Set[str],
+    def publish(self, result: FlowResult, *, frame: Frame, topics: Set[str],
                 color_max_px: float, camera_info: CameraInfo | None) -> dict[str, object]:
-        """Publish the images of ``result`` on ``topics``; return what info shall tell of them."""
-        height, width = result.flow.shape[:2]
+        """Publish the images of ``result``, which are on the grid of ``frame``, on ``topics``.
+
+        Return what info shall tell of them. ``camera_info`` is the camera's own.
+        """
+        header = frame.header
         told: dict[str, object] = {}
         if 'flow' in topics:
             self._send('flow', to_image(result.flow, header))
@@ -107,7 +111,8 @@ class FlowTopics:
         if result.occlusion is not None and 'occlusion' in topics:
             self._send('occlusion', to_image(result.occlusion, header))
         if camera_info is not None and 'camera_info' in topics:
-            self._send('camera_info', scaled_camera_info(camera_info, header, width, height))
+            self._send('camera_info', viewed_camera_info(camera_info, header, frame.view,
+                                                         *frame.camera))
         return told
 
     def publish_info(self, header: Header, *, message: str, hardware_id: str,
