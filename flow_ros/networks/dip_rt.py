@@ -49,6 +49,7 @@ from flow_ros.networks.base import (
     State,
     Step,
 )
+from flow_ros.ops.exporting import runs_on_cpu
 from flow_ros.ops.matching import (
     clean_propagation,
     EIGHT_SEEDS,
@@ -58,7 +59,7 @@ from flow_ros.ops.matching import (
     Seeds,
 )
 from flow_ros.ops.sampling import inside, pad_to_multiple, resize_flow, warp
-from flow_ros.ops.upsampling import convex_upsample
+from flow_ros.ops.upsampling import convex_cells, convex_upsample, spread
 
 PROPAGATIONS = ('inverse', 'clean', 'none')
 NEIGHBOURS: dict[int, Seeds] = {4: SEEDS, 8: EIGHT_SEEDS}
@@ -180,9 +181,18 @@ class Encoder(nn.Module):
         x8 = functional.relu(x8 + coarse)
         outputs: list[Tensor] = []
         for x, head in ((x16, self.head16), (x8, self.head8)):
-            match, hidden, context = head(x).split(self.splits, dim=1)
+            match, hidden, context = self._heads(head, x)
             outputs += [match, torch.tanh(hidden), context]
         return tuple(outputs)
+
+    def _heads(self, head: nn.Conv2d, x: Tensor) -> tuple[Tensor, ...]:
+        """Return match, hidden, context before their activations."""
+        if not runs_on_cpu(x, head.weight):
+            return head(x).split(self.splits, dim=1)
+        # Each by a convolution of its own: cutting one result up is a copy of all of it.
+        assert head.bias is not None
+        return tuple(functional.conv2d(x, weight, bias) for weight, bias in
+                     zip(head.weight.split(self.splits), head.bias.split(self.splits)))
 
 
 class Propagation(nn.Module):
@@ -370,18 +380,34 @@ class DipRt(FlowNetwork):
 
     def upsample(self, hidden: Tensor, flow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return flow (B, 2, 8H, 8W) px, error parameters (B, 2, ...), occlusion logit."""
-        x = functional.relu(self.fine(hidden))
-        values = torch.cat([8 * flow, self.quality(x).to(flow.dtype)], dim=1)
-        fine = convex_upsample(values, self.mask(x).to(flow.dtype), 8)
+        fine = convex_upsample(*self._coarse(hidden, flow), 8)
         return fine[:, :2], fine[:, 2:4], fine[:, 4:]
 
     def finish_engine(self, hidden: Tensor, flow: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(hidden, flow at 1/8) -> flow (px), confidence, occlusion probability."""
-        fine, error, occlusion = self.upsample(hidden, flow)
-        raw = error_probability(fine, error).clamp(1e-4, 1 - 1e-4)
+        values, mask = self._coarse(hidden, flow)
+        if not runs_on_cpu(values, mask):
+            fine = convex_upsample(values, mask, 8)
+            raw = error_probability(fine[:, :2], fine[:, 2:4])
+            return fine[:, :2], self._calibrated(raw), torch.sigmoid(fine[:, 4:])
+        # The error and the occlusion are worked out in the order in which the cells lie.
+        u, v, sharp, wide, occlusion = convex_cells(values, mask, 8)  # (B, H, W, 64) each
+        confidence = self._calibrated(mixture_probability((u * u + v * v).sqrt(), sharp, wide))
+        fine = torch.cat([spread(u, 8), spread(v, 8)], dim=1)
+        return fine, spread(confidence, 8), spread(torch.sigmoid(occlusion), 8)
+
+    def _coarse(self, hidden: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is upsampled (B, 5, H, W) and the mask (B, 9 * 64, H, W)."""
+        x = functional.relu(self.fine(hidden))
+        values = torch.cat([8 * flow, self.quality(x).to(flow.dtype)], dim=1)
+        return values, self.mask(x).to(flow.dtype)
+
+    def _calibrated(self, probability: Tensor) -> Tensor:
+        """Return the confidence of the ``probability`` computed."""
+        raw = probability.clamp(1e-4, 1 - 1e-4)
         scale, shift = self.calibration.unbind()
         logit = torch.log(raw / (1 - raw))  # OpenVINO has no logit
-        return fine, torch.sigmoid(scale * logit + shift), torch.sigmoid(occlusion)
+        return torch.sigmoid(scale * logit + shift)
 
     def predictions(self, image1: Tensor, image2: Tensor, *, steps16: int, steps8: int,
                     prior_flow: Tensor | None = None) -> Predictions:
@@ -433,7 +459,13 @@ def error_probability(flow: Tensor, error: Tensor) -> Tensor:
     the calibration mends.
     """
     # Not torch.hypot, which OpenVINO does not convert.
-    bound = (0.05 * (flow * flow).sum(1, keepdim=True).sqrt()).clamp(min=3.0)
-    sharp = torch.sigmoid(error[:, :1])
-    wide = torch.exp(error[:, 1:2].clamp(0, 6))
-    return 1 - sharp * torch.exp(-bound) - (1 - sharp) * torch.exp(-bound / wide)
+    length = (flow * flow).sum(1, keepdim=True).sqrt()
+    return mixture_probability(length, error[:, :1], error[:, 1:2])
+
+
+def mixture_probability(length: Tensor, sharp: Tensor, wide: Tensor) -> Tensor:
+    """Return ``error_probability`` of a flow of ``length`` px; all three of one shape."""
+    bound = (0.05 * length).clamp(min=3.0)
+    weight = torch.sigmoid(sharp)
+    scale = torch.exp(wide.clamp(0, 6))
+    return 1 - weight * torch.exp(-bound) - (1 - weight) * torch.exp(-bound / scale)

@@ -19,6 +19,7 @@ for a graph, whose size must not grow with the map's and which must hold for map
 """
 
 import torch
+from torch import Tensor
 
 
 def is_exporting() -> bool:
@@ -33,3 +34,14 @@ def is_exporting() -> bool:
 def are_open(*sizes: object) -> bool:
     """Return True where one of ``sizes`` is left open in the graph that is being recorded."""
     return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def runs_on_cpu(*tensors: Tensor) -> bool:
+    """Return True where a CPU computes without gradients: eagerly, or through OpenVINO's trace.
+
+    There the fewest passes over memory count. On GPUs the number of kernels does, and what is
+    trained wants the form whose gradient is the cheapest.
+    """
+    if is_exporting() or any(tensor.device.type != 'cpu' for tensor in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

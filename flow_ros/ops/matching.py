@@ -17,11 +17,14 @@
 Correlations are means over the channels, so their scale does not depend on the width.
 """
 
+from functools import lru_cache
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from flow_ros.ops.exporting import are_open, is_exporting
+from flow_ros.ops.exporting import are_open, is_exporting, runs_on_cpu
 from flow_ros.ops.sampling import pixel_grid, sample
 
 Seeds = tuple[tuple[int, int], ...]
@@ -33,6 +36,12 @@ EIGHT_SEEDS: Seeds = (*SEEDS, (0, -1), (-1, 0), (1, 0), (0, 1))
 """The pixel itself and all of its neighbours."""
 
 TILE = 8
+
+_AT_ONCE = 2 ** 22
+"""Numbers in the windows and products that ``_search_by_lists`` works on at once."""
+
+_MOST_PARTS = 16
+"""Of an engine: each takes its time to compile."""
 
 
 def inverse_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor,
@@ -103,20 +112,98 @@ def local_search(features_a: Tensor, warped_b: Tensor, radius: int,
     """Correlate with the neighbourhood in the warped target: DIP equation 7.
 
     Plane (2r+1)(dy+r) + (dx+r) is <F1(x), F2'(x + (dx, dy))> / C with F2' = W(F2, flow), which
-    outside is zero, or with ``padding`` 'border' replicated. Computed in tiles of 8x8 pixels as
-    one batched matrix product per tile with its (8+2r)x(8+2r) window, of which the band is kept:
-    3 times the multiplications of the plain loop over shifts for r = 4, on a unit that is 30
-    times faster, and no map per shift.
+    outside is zero, or with ``padding`` 'border' replicated. Computed in tiles of pixels as one
+    batched matrix product per tile with its window, of which the band is kept: some 3 times the
+    multiplications of the plain loop over shifts for r = 4, on a unit that is 30 times faster,
+    and no map per shift.
     Returns (B, (2r+1)**2, H, W).
     """
+    if are_open(*features_a.shape[-2:]):
+        # A graph for maps of any size: tiles whose number is open are more than torch can prove.
+        mode = 'constant' if padding == 'zeros' else 'replicate'
+        padded = functional.pad(warped_b, (radius,) * 4, mode=mode)
+        return _search_by_rows(features_a, padded, radius)
+    if runs_on_cpu(features_a, warped_b):
+        return _search_by_lists(features_a, warped_b, radius, padding)
+    return _search_by_windows(features_a, warped_b, radius, padding)
+
+
+def _search_by_lists(features_a: Tensor, warped_b: Tensor, radius: int, padding: str) -> Tensor:
+    """Do what ``local_search`` does with lists of pixels, for CPUs.
+
+    A pixel's channels are one piece of memory, so a list of pixels is a copy without arithmetic:
+    three of them take the place of pads, windows cut out and rows of tiles turned, each of which
+    is a pass over memory in torch and in OpenVINO (a third of the whole search).
+    """
+    batch, channels = (int(size) for size in features_a.shape[:2])
+    height, width = (int(size) for size in features_a.shape[-2:])
+    side, (rows, columns) = 2 * radius + 1, _tile(radius)
+    pixels, window = rows * columns, (rows + 2 * radius) * (columns + 2 * radius)
+    own, others, back = _lists(height, width, radius, padding == 'border')
+    a = (features_a * (1 / channels)).permute(0, 2, 3, 1).reshape(batch, -1, channels)
+    b = warped_b.permute(0, 2, 3, 1).reshape(batch, -1, channels)
+    if padding != 'border':
+        b = torch.cat([b, b.new_zeros((batch, 1, channels))], dim=1)  # what is outside
+    # In parts, so that memory is bounded on large maps.
+    tiles = len(own) // pixels
+    parts = -(-tiles * batch * window * (channels + pixels) // _AT_ONCE)
+    step = -(-tiles // min(parts, tiles, _MOST_PARTS))
+    planes = []
+    for first in range(0, tiles, step):
+        count = min(step, tiles - first)
+        mine = own[first * pixels:(first + count) * pixels]
+        theirs = others[first * window:(first + count) * window]
+        products = torch.bmm(
+            a.index_select(1, mine).reshape(-1, pixels, channels),
+            b.index_select(1, theirs).reshape(-1, window, channels).transpose(1, 2))
+        band = _band(products, rows, columns, side)  # (B * count, rows, columns, side, side)
+        planes.append(band.reshape(batch, count * pixels, side * side))
+    whole = torch.cat(planes, dim=1) if len(planes) > 1 else planes[0]
+    whole = whole.index_select(1, back)
+    return whole.reshape(batch, height, width, side * side).permute(0, 3, 1, 2)
+
+
+def _tile(radius: int) -> tuple[int, int]:
+    """Return the (rows, columns) of a tile of ``_search_by_lists``: measured, on a CPU."""
+    return (6, 8) if radius <= 4 else (8, 8)
+
+
+@lru_cache(maxsize=16)
+def _lists(height: int, width: int, radius: int, border: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the pixels of all tiles, those of all their windows, and where each pixel went.
+
+    A pixel is its number, row by row; height * width stands for what is outside. A tile that
+    reaches past the map has pixel 0 there: nobody reads its planes.
+    """
+    rows, columns = _tile(radius)
+    down, across = -(-height // rows), -(-width // columns)
+
+    def pixels(reach: int, outside: int | None) -> Tensor:
+        y = (np.arange(down)[:, None] * rows + np.arange(-reach, rows + reach))
+        x = (np.arange(across)[:, None] * columns + np.arange(-reach, columns + reach))
+        y, x = y[:, None, :, None], x[None, :, None, :]
+        if outside is None:
+            number = np.clip(y, 0, height - 1) * width + np.clip(x, 0, width - 1)
+        else:
+            within = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            number = np.where(within, y * width + x, outside)
+        return torch.from_numpy(number.reshape(-1).astype(np.int64))
+
+    y, x = np.arange(height)[:, None], np.arange(width)[None]
+    place = ((y // rows * across + x // columns) * rows + y % rows) * columns + x % columns
+    # Not tensors of the inference mode, which the caller may be in: they stay.
+    with torch.inference_mode(False):
+        return (pixels(0, 0), pixels(radius, None if border else height * width),
+                torch.from_numpy(place.reshape(-1).astype(np.int64)))
+
+
+def _search_by_windows(features_a: Tensor, warped_b: Tensor, radius: int,
+                       padding: str) -> Tensor:
+    """Do what ``local_search`` does in tiles of 8x8, with slices alone: for GPUs and training."""
     batch, channels, height, width = features_a.shape
     window = TILE + 2 * radius
     side = 2 * radius + 1
     mode = 'constant' if padding == 'zeros' else 'replicate'
-    if are_open(height, width):
-        # A graph for maps of any size: tiles whose number is open are more than torch can prove.
-        padded = functional.pad(warped_b, (radius,) * 4, mode=mode)
-        return _search_by_rows(features_a, padded, radius)
     right, lower = -width % TILE, -height % TILE
     rows, columns = (height + lower) // TILE, (width + right) // TILE
     a = functional.pad(features_a, (0, right, 0, lower)).permute(0, 2, 3, 1)
@@ -130,7 +217,7 @@ def local_search(features_a: Tensor, warped_b: Tensor, radius: int,
     b = b.permute(0, 1, 3, 2, 4, 5)
     b = b.reshape(batch * rows * columns, window * window, channels)
     products = torch.bmm(a * (1 / channels), b.transpose(1, 2))  # (N, 64, window**2)
-    planes = _band(products, window, side)  # (N, 8, 8, side, side)
+    planes = _band(products, TILE, TILE, side)  # (N, 8, 8, side, side)
     planes = planes.reshape(batch, rows, columns, TILE, TILE, side * side)
     planes = planes.permute(0, 5, 1, 3, 2, 4)
     planes = planes.reshape(batch, side * side, rows * TILE, columns * TILE)
@@ -179,18 +266,19 @@ def _windows_of_tiles(values: Tensor, dim: int, count: int, window: int) -> Tens
     return torch.cat(parts, dim=dim + 1).narrow(dim + 1, 0, window)
 
 
-def _band(products: Tensor, window: int, side: int) -> Tensor:
+def _band(products: Tensor, rows: int, columns: int, side: int) -> Tensor:
     """Keep, for the pixel (py, px) of each tile, the window's entries (py + dy, px + dx).
 
-    In the flattened tile that entry lies at (8 py + px) window**2 + (py + dy) window + px + dx,
-    so rows read with the strides 8 window**2 + window and window**2 + 1 start at it: a pad and
-    two slices instead of a gather.
+    ``products`` is (N, rows * columns, w * v) for windows of w rows and v columns. In the
+    flattened tile that entry lies at (columns py + px) w v + (py + dy) v + px + dx, so rows read
+    with the strides columns w v + v and w v + 1 start at it: a pad and two slices instead of a
+    gather. Returns (N, rows, columns, side, side).
     """
-    count = products.shape[0]
-    stride_y = TILE * window * window + window
-    stride_x = window * window + 1
-    flat = products.reshape(count, TILE * TILE * window * window)
-    flat = functional.pad(flat, (0, TILE * stride_y - flat.shape[1]))
-    by_row = flat.view(count, TILE, stride_y)[:, :, :TILE * stride_x]
-    by_pixel = by_row.reshape(count, TILE, TILE, stride_x)[..., :side * window]
-    return by_pixel.reshape(count, TILE, TILE, side, window)[..., :side]
+    count, across = products.shape[0], columns + side - 1
+    window = (rows + side - 1) * across
+    stride_y, stride_x = columns * window + across, window + 1
+    flat = products.reshape(count, rows * columns * window)
+    flat = functional.pad(flat, (0, rows * stride_y - rows * columns * window))
+    by_row = flat.view(count, rows, stride_y)[:, :, :columns * stride_x]
+    by_pixel = by_row.reshape(count, rows, columns, stride_x)[..., :side * across]
+    return by_pixel.reshape(count, rows, columns, side, across)[..., :side]

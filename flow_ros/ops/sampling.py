@@ -57,10 +57,12 @@ def inside(flow: Tensor, border: float = 0.0) -> Tensor:
     The image ends ``border`` px past the centres of its outermost pixels.
     """
     height, width = flow.shape[-2:]
-    target = pixel_grid(height, width, flow) + flow
-    x, y = target[:, :1], target[:, 1:]
-    return ((x >= -border) & (x <= width - 1 + border)
-            & (y >= -border) & (y <= height - 1 + border))
+    # From the middle, so that one comparison of a length is enough for both sides.
+    middle_x, middle_y = (width - 1) / 2, (height - 1) / 2
+    x = torch.arange(width, device=flow.device, dtype=flow.dtype) - middle_x
+    y = torch.arange(height, device=flow.device, dtype=flow.dtype)[:, None] - middle_y
+    return (((flow[:, :1] + x).abs() <= middle_x + border)
+            & ((flow[:, 1:] + y).abs() <= middle_y + border))
 
 
 def resize_flow(flow: Tensor, size: tuple[int, int]) -> Tensor:
