@@ -167,8 +167,8 @@ def watch_the_node(watch: Stopwatch) -> None:
     from rclpy.executors import Executor
     from rclpy.publisher import Publisher
 
-    from flow_ros.nodes import flow_node, publishers
-    from flow_ros.streaming import estimator
+    from flow_ros.nodes import flow_node, parameters, publishers
+    from flow_ros.streaming import estimator, pace
 
     for owner, function, name in (
             (Executor, '_take_subscription', 'take'),
@@ -177,15 +177,18 @@ def watch_the_node(watch: Stopwatch) -> None:
             (publishers.FlowTopics, 'wanted', 'who subscribes'),
             (publishers.FlowTopics, 'publish', 'node, the rest'),
             (flow_node.FlowNode, '_set_up', 'parameters'),
-            (flow_node, 'values_of', 'parameters'),
+            (parameters.LiveValues, 'now', 'parameters'),
+            (flow_node.FlowNode, '_inform', 'info'),
+            (flow_node.FlowNode, '_view', 'convert'),
             (estimator.FlowEstimator, '__call__', 'estimator, the rest'),
             (estimator, 'upload', 'upload'),
             (estimator, 'small_grey', 'scene cut'),
             (estimator, 'explains', 'scene cut'),
             (estimator, 'carry', 'warm start'),
             (estimator, 'sample_flow', 'warm start'),
-            (estimator, 'checked', 'check'),
-            (estimator.FlowEstimator, '_result', 'results'),
+            (pace, 'checked', 'check'),
+            (estimator, 'result_of', 'results'),
+            (pace.Pace, 'run', 'budget'),
             (FreeNetwork, 'encode', 'network'),
             (FreeNetwork, 'start', 'network'),
             (FreeNetwork, 'step', 'network'),
@@ -194,8 +197,8 @@ def watch_the_node(watch: Stopwatch) -> None:
             (publishers, 'flow_to_color', 'colour'),
             (publishers, 'confidence_to_mono', 'colour'),
             (publishers, 'to_image', 'build messages'),
-            (publishers, 'make_info', 'build messages'),
-            (publishers, 'scaled_camera_info', 'build messages'),
+            (publishers, 'make_info', 'info'),
+            (publishers, 'viewed_camera_info', 'build messages'),
             (Publisher, 'publish', 'publish')):
         watch.watch(owner, function, name)
     # From the arrival of a message until the worker has it.
