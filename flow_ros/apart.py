@@ -115,8 +115,14 @@ def _be_ended_with_parent() -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait for the end of the other side of the pipe; nothing here needs an orderly end."""
-    sys.stdin.read()
+    """Wait for the end of the other side of the pipe; nothing here needs an orderly end.
+
+    Not with ``sys.stdin``, whose lock this thread would hold all the time: a process that a
+    library forks off here (as the telemetry of OpenVINO does) closes its copy of it first, and
+    would wait for that lock for ever.
+    """
+    while os.read(0, 4096):
+        pass
     os._exit(1)
 
 

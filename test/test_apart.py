@@ -24,7 +24,7 @@ import pytest
 from flow_ros.apart import ChildDied, run_apart
 
 WORKERS = """
-    import ctypes, os, signal, sys, time
+    import ctypes, multiprocessing, os, signal, sys, time
     from flow_ros.apart import serve_job
 
     def work(job, tell):
@@ -40,6 +40,11 @@ WORKERS = """
             time.sleep(60)
         if job['way'] == 'deaf':  # in a library that keeps Python's lock
             ctypes.PyDLL(None).sleep(60)
+        if job['way'] == 'forks':  # as libraries do; a fork closes its standard input
+            forked = multiprocessing.get_context('fork').Process(target=print, args=('forked',))
+            forked.start()
+            forked.join(20)
+            tell({'exit': forked.exitcode})
         if job['way'] == 'cut':
             os.write(3, b'{"text": "half a mess')
             os.kill(os.getpid(), signal.SIGKILL)
@@ -122,3 +127,8 @@ def test_it_ends_with_the_one_that_started_it(workers, tmp_path, way) -> None:
             return
         time.sleep(0.05)
     pytest.fail(f'process {pid} is still there')
+
+
+def test_what_forks_in_the_other_process_does_not_hang(workers):
+    """The thread that waits for the end of this process holds no lock that a fork would need."""
+    assert run(workers, 'forks')[-1] == {'exit': 0}

@@ -32,6 +32,7 @@ frames without a flow (the first) and with a cold start (the second) of every pa
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+import importlib
 from itertools import islice
 import math
 import time
@@ -118,6 +119,7 @@ def measure(job: TimingJob, tell: Tell = print) -> dict[str, Any]:
     if len(frames) < first + 1:
         raise Refused(f'{job.source}: {len(frames)} frames; expected at least {first + 1} for a '
                       f'{"cold" if job.cold else "warm"} flow')
+    load_packages(job.runtime)
     tell('making engines')
     start = time.perf_counter()
     with PeakMemory() as making:
@@ -162,6 +164,17 @@ def load_network(name: str, weights: str = 'default') -> 'tuple[FlowNetwork, boo
         return create(name), False
     except ValueError as error:
         raise Refused(f'--network: {error}') from error
+
+
+def load_packages(runtime: str) -> None:
+    """Import what ``runtime`` may need, so that its packages are in no measured memory."""
+    wanted = {'openvino': ('openvino',), 'tensorrt': ('tensorrt', 'tensorrt_rtx'),
+              'auto': ('openvino', 'tensorrt', 'tensorrt_rtx')}
+    for package in wanted.get(runtime, ()):
+        try:
+            importlib.import_module(package)
+        except (ImportError, OSError):
+            continue  # what is missing is said by the runtime that needs it
 
 
 def load_frames(source: str, size: str, most: int, tell: Tell = print) -> list[Pixels]:
