@@ -49,8 +49,7 @@ from flow_ros.networks.base import (
     State,
     Step,
 )
-from flow_ros.ops.patchmatch import local_search_released, propagation_correlation_released
-from flow_ros.ops.sampling import warp
+from flow_ros.ops.patchmatch import propagation_correlation_released, search_released
 from flow_ros.ops.upsampling import convex_upsample
 
 FEATURES = 256
@@ -188,8 +187,7 @@ class MotionEncoder(nn.Module):
 
 
 def _seen(conv: nn.Conv2d) -> Tensor:
-    """Return what ``conv`` of a GRU makes of hidden state and motion: its weight without that
-    of the context, whose channels are the second HIDDEN ones."""
+    """Return the weight of a GRU's ``conv`` without the context's, the second HIDDEN channels."""
     return torch.cat([conv.weight[:, :HIDDEN], conv.weight[:, 2 * HIDDEN:]], dim=1)
 
 
@@ -206,8 +204,7 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 
 
 def _padded(conv: nn.Conv2d) -> tuple[int, int]:
-    rows, columns = conv.padding
-    return int(rows), int(columns)
+    return conv.kernel_size[0] // 2, conv.kernel_size[1] // 2
 
 
 def _gru(hidden: Tensor, motion: Tensor, share: Tensor, convz: nn.Conv2d, convr: nn.Conv2d,
@@ -382,7 +379,7 @@ class DIP(FlowNetwork):
     def _search(self, features_a: Tensor, features_b: Tensor, shares: Sequence[Tensor],
                 hidden: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
         flow = flow.detach()
-        correlation = local_search_released(features_a, warp(features_b, flow))
+        correlation = search_released(features_a, features_b, flow)
         hidden, delta = self.update_block(hidden, shares, correlation, flow)
         return hidden, flow + delta
 

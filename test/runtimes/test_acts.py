@@ -52,7 +52,7 @@ def test_dynamic_acts_are_one_for_each_engine_with_all_its_shapes() -> None:
     static = recorded(create('dip'), 320, 160)
     acts = {act.name: act for act in record_acts(create('dip'), width=320, height=160,
                                                  dynamic=True)}
-    assert list(acts) == ['encode', 'step', 'upsample']
+    assert list(acts) == ['encode', 'context', 'step', 'upsample']
     step = acts['step']
     assert {act.name for act in step.variants} == {'step_16', 'step_8', 'step_4'}
     assert step.inputs == static['step_4'].inputs
