@@ -28,6 +28,7 @@ from flow_ros.cli import CommandError
 VERBS: Mapping[str, str] = {
     'run': 'the whole path on this machine: source, flow node, consumer, preview',
     'evaluate': 'measure a network against ground truth, beside DIS and zero flow',
+    'bench': 'measure speed, memory, budgets and accuracy on this machine, into a report',
     'train': 'train or fine-tune a network',
     'finetune': "adapt a network to one's own robot, from a recording without labels",
     'import-weights': 'make a model of a published checkpoint of DIP or HD3',

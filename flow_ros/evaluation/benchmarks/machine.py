@@ -45,7 +45,7 @@ def machine_facts() -> dict[str, Any]:
             'isa': isa_flags(info.get('flags') or info.get('Features') or ''),
             'governor': _read(_GOVERNOR) or 'not readable',
             'load_1min': round(os.getloadavg()[0], 2),
-            'gpu': gpu(), 'system': f'{platform.system()} {platform.release()}',
+            'gpu': gpu(), 'system': _system(),
             'jetson': _first_line(Path('/etc/nv_tegra_release'))}
 
 
@@ -96,6 +96,11 @@ def gpu() -> str:
     memory = torch.cuda.get_device_properties(0).total_memory / 2 ** 30
     return (f'{torch.cuda.get_device_name()}, {memory:.0f} GiB, compute capability '
             f'{major}.{minor}, CUDA {torch.version.cuda}')
+
+
+def _system() -> str:
+    """Return the system and the first two numbers of its version: more may name a machine."""
+    return f'{platform.system()} {".".join(platform.release().split(".")[:2])}'
 
 
 def _cpu_info() -> dict[str, str]:

@@ -103,7 +103,7 @@ class FrameTime:
 def measure(job: TimingJob, tell: Tell = print) -> dict[str, Any]:
     """Do one measurement in this process, which should have done nothing else before.
 
-    Returns a row as the module's docstring says it. ``tell`` is given a line about what is
+    Returns the row of the JSON file; the module's docstring says what is in it. ``tell`` is given a line about what is
     being done. Raises Refused where the job cannot be: an unknown network, a runtime that this
     machine does not have, a source without frames.
     """
@@ -131,13 +131,15 @@ def measure(job: TimingJob, tell: Tell = print) -> dict[str, Any]:
     tell('measuring')
     with PeakMemory(above_mb=making.start_mb) as streaming:
         times = list(stream(estimator, frames, job))
-    return {**row(job, times), 'runtime': runtime.name, 'device': str(runtime.device),
+    return {'network': job.network, 'runtime': runtime.name, 'precision': job.precision,
             'size': f'{width}x{height}', 'iterations': iterations_of(job, runtime.network),
-            'iterations_are': network.budget_unit, 'trained': trained,
-            'threads': job.threads or torch.get_num_threads(),
-            'peak_mb': round(streaming.peak_mb, 1),
+            **numbers_of(times), 'peak_mb': round(streaming.peak_mb, 1),
             'prepare_peak_mb': round(making.peak_mb, 1), 'cuda_mb': _cuda_mb(runtime),
-            'prepare_s': round(prepare_s, 2)}
+            'prepare_s': round(prepare_s, 2), 'iterations_are': network.budget_unit,
+            'latency_ms': job.latency_ms, 'early_stop': job.early_stop, 'trained': trained,
+            'device': str(runtime.device), 'threads': job.threads or torch.get_num_threads(),
+            'runtime_asked': job.runtime, 'source': shown_source(job.source),
+            'warm_up': job.warm_up}
 
 
 def measure_apart(*, tell: Tell, **arguments: Any) -> dict[str, Any]:
@@ -275,21 +277,18 @@ def _frame_time(ms: float, result: 'FlowResult') -> FrameTime:
                      acts=dict(result.timings_ms))
 
 
-def row(job: TimingJob, times: Sequence[FrameTime]) -> dict[str, Any]:
-    """Return the numbers of the measured frames, and what was asked for."""
+def numbers_of(times: Sequence[FrameTime]) -> dict[str, Any]:
+    """Return what the measured frames took, as the module's docstring says it."""
     ms = [each.ms for each in times]
     p10, p50, p90, p99 = (float(value) for value in np.quantile(ms, (0.1, 0.5, 0.9, 0.99)))
     acts = {name: float(np.median([each.acts[name] for each in times if name in each.acts]))
             for name in times[0].acts}
     cold = sum(not each.warm for each in times)
-    return {'network': job.network, 'runtime_asked': job.runtime, 'precision': job.precision,
-            'source': shown_source(job.source), 'latency_ms': job.latency_ms,
-            'early_stop': job.early_stop, 'warm_up': job.warm_up, 'frames': len(times),
-            'warm': cold == 0, 'cold': cold,
-            'fps': round(1e3 / p50, 3), 'fps_mean': round(1e3 * len(ms) / math.fsum(ms), 3),
-            'ms_p10': round(p10, 3), 'ms_p50': round(p50, 3), 'ms_p90': round(p90, 3),
-            'ms_p99': round(p99, 3), 'ms_mean': round(math.fsum(ms) / len(ms), 3),
-            'steps': int(np.median([each.steps for each in times])),
+    return {'warm': cold == 0, 'fps': round(1e3 / p50, 3), 'ms_p50': round(p50, 3),
+            'ms_p99': round(p99, 3), 'ms_p10': round(p10, 3), 'ms_p90': round(p90, 3),
+            'ms_mean': round(math.fsum(ms) / len(ms), 3),
+            'fps_mean': round(1e3 * len(ms) / math.fsum(ms), 3), 'frames': len(times),
+            'cold': cold, 'steps': int(np.median([each.steps for each in times])),
             'acts_ms': {name: round(value, 3) for name, value in acts.items()}}
 
 
