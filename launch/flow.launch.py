@@ -23,7 +23,7 @@ from launch.actions import DeclareLaunchArgument, OpaqueFunction
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 
-from flow_ros.nodes.parameters import find, parameter_files, PRESETS
+from flow_ros.nodes.parameters import find, parameter_files, PRESETS, value_of
 from flow_ros.nodes.process import profile_variable
 
 SHARE = Path(get_package_share_directory('flow_ros'))
@@ -64,10 +64,11 @@ def arguments() -> list[DeclareLaunchArgument]:
         choice('network'),
         choice('runtime'),
         choice('direction'),
-        DeclareLaunchArgument('budget', default_value='',
-                              description="Iterations per level (hd3: levels, mscsl: "
-                                          "scales), 0: the network's default"
-                                          + FROM_FILE),
+        choice('budget'),
+        choice('latency_ms'),
+        choice('iterations'),
+        choice('scale'),
+        choice('roi'),
         DeclareLaunchArgument('weights', default_value='',
                               description='Path of a file of weights' + FROM_FILE),
         switch('rviz', 'Start RViz with config/flow.rviz too'),
@@ -86,15 +87,11 @@ def nodes(context: LaunchContext) -> list[Action]:
              for name in (argument.name for argument in arguments())}
     files = parameter_files(SHARE / 'config', preset=given['preset'],
                             params_file=given['params_file'])
-    overrides: dict[str, bool | int | str] = {'use_sim_time': given['use_sim_time'] == 'true'}
-    overrides |= {name: given[name] for name in ('network', 'runtime', 'direction', 'weights')
-                  if given[name]}
-    if given['budget']:
-        try:
-            overrides['iterations'] = int(given['budget'])
-        except ValueError:
-            raise ValueError(f'budget is {given["budget"]!r}; expected a number of iterations, '
-                             f'levels or scales, such as budget:=2') from None
+    overrides: dict[str, bool | int | float | str] = {
+        'use_sim_time': given['use_sim_time'] == 'true'}
+    overrides |= {name: value_of(name, given[name])
+                  for name in ('network', 'runtime', 'direction', 'weights', 'budget',
+                               'latency_ms', 'iterations', 'scale', 'roi') if given[name]}
     camera_info = (given['camera_info']
                    or str(PurePosixPath(given['image']).with_name('camera_info')))
     remappings = [('image', given['image']), ('camera_info', camera_info)]

@@ -36,6 +36,7 @@ from typing import Any
 
 from flow_ros.cli import CommandError
 from flow_ros.environment import complete
+from flow_ros.nodes.parameters import check
 from flow_ros.nodes.process import profile_variable
 from flow_ros.nodes.status import Status
 
@@ -67,8 +68,18 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument('--network', default='', help='network or model (default: dip_rt)')
     parser.add_argument('--weights', default='', help='weights file (default: those shipped)')
     parser.add_argument('--runtime', default='', help='auto, torch, openvino or tensorrt')
+    parser.add_argument('--budget', default='', help=(
+        'iterations (just so many), latency (what is done in --latency-ms) or rate (keep up with '
+        'the source) (default: iterations)'))
+    parser.add_argument('--latency-ms', type=float, default=0.0, help=(
+        'from the arrival of a frame to its flow; makes the budget latency (default: 100)'))
     parser.add_argument('--iterations', type=int, default=0, help=(
-        "budget: iterations per level, or levels (hd3), scales (mscsl) (default: network's)"))
+        'per level, or levels (hd3), scales (mscsl); the most of a latency or rate (default: '
+        "network's)"))
+    parser.add_argument('--scale', type=float, default=0.0, help=(
+        'make the images so much smaller before the flow (default: 1)'))
+    parser.add_argument('--roi', default='', help=(
+        'WIDTHxHEIGHT+X+Y, the part of the images to work on (default: all)'))
     parser.add_argument('--direction', default='', help='forward, backward or both')
     parser.add_argument('--params-file', type=Path, help='more parameters of the flow node')
     parser.add_argument('--out', type=Path, default=Path('out/run'), help=(
@@ -82,6 +93,9 @@ def run(options: argparse.Namespace) -> int:
         raise CommandError(f'duration {options.duration:g} s: expected more than 0')
     if options.params_file is not None and not options.params_file.is_file():
         raise CommandError(f'{options.params_file}: no such parameters file')
+    parameters = node_parameters(options, options.out.resolve())
+    if refusal := check(parameters['flow']):
+        raise CommandError(refusal)
     out = options.out.resolve()
     for name in ('preview.png', 'preview.mp4'):
         (out / name).unlink(missing_ok=True)  # what is there at the end is of this run
@@ -94,9 +108,9 @@ def run(options: argparse.Namespace) -> int:
     handlers = {number: signal.signal(number, lambda *_: stage.ask_to_end())
                 for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for name, parameters in node_parameters(options, out).items():
+        for name, given in parameters.items():
             files = [options.params_file] if name == 'flow' and options.params_file else []
-            stage.start(name, parameters, files)
+            stage.start(name, given, files)
         trouble = stage.watch(duration_s=options.duration)
     finally:
         stage.end()
@@ -108,7 +122,10 @@ def run(options: argparse.Namespace) -> int:
 def node_parameters(options: argparse.Namespace, out: Path) -> dict[str, dict[str, Any]]:
     """Return the parameters of each node, in the order of their start."""
     given = {name: getattr(options, name)
-             for name in ('network', 'weights', 'runtime', 'iterations', 'direction')}
+             for name in ('network', 'weights', 'runtime', 'budget', 'latency_ms', 'iterations',
+                          'scale', 'roi', 'direction')}
+    if given['latency_ms'] and not given['budget']:
+        given['budget'] = 'latency'
     # On a slow machine the frames that are not dropped are far apart: still show their flow.
     patient = {} if options.params_file else {'max_gap_s': PATIENT_GAP_S}
     return {

@@ -79,6 +79,9 @@ class Parameter:
                     f'choose the runtime with the parameter runtime, at start')
         if self.choices and value not in self.choices:
             return f'{self.name} is {value!r}; expected one of {self.allowed}'
+        if self.minimum is not None and self.maximum is not None and not (
+                isinstance(value, (int, float)) and self.minimum <= value <= self.maximum):
+            return f'{self.name} is {value!r}; expected {self.allowed}'
         return self.refuses(value) if self.refuses is not None else ''
 
 
@@ -164,6 +167,25 @@ PRESETS: tuple[str, ...] = ('jetson_orin', 'jetson_thor', 'desktop', 'cpu')
 def find(name: str) -> Parameter:
     """Return the parameter of that name."""
     return {parameter.name: parameter for parameter in PARAMETERS}[name]
+
+
+def value_of(name: str, text: str) -> Value:
+    """Return ``text``, as a launch argument or a command gives it, as the parameter's type.
+
+    ValueError where it is none.
+    """
+    parameter = find(name)
+    kind = type(parameter.default)
+    expected = parameter.allowed or 'a text'
+    try:
+        if kind is bool:
+            return {'true': True, 'false': False}[text]
+        value: Value = kind(text)
+    except (KeyError, ValueError):
+        raise ValueError(f'{name} is {text!r}; expected {expected}') from None
+    if reason := parameter.refusal(value):
+        raise ValueError(reason)
+    return value
 
 
 def check(values: Mapping[str, Value]) -> str:

@@ -192,6 +192,8 @@ class PreviewNode(Node):
             flow_out=max(self._flow_out, int(facts.get('flow_out', 0))),
             frames_per_s=max(len(times) - 1, 0) / seconds,
             latency_ms=float(facts.get('latency_ms', 0.0)), dropped=int(facts.get('dropped', 0)),
+            budget_ms=float(facts['budget_ms']) if facts.get('budget_ms') else None,
+            overruns=int(facts.get('overruns', 0)),
             iterations=int(facts.get('iterations', 0)), warm=facts.get('warm') == 'true',
             network=facts.get('network', ''), runtime=facts.get('runtime', ''),
             endpoint_error_px=float(np.mean(self._errors)) if self._errors else None,

@@ -22,13 +22,17 @@ import json
 class Status:
     """Counts since the start; rates and times of the last seconds.
 
-    ``endpoint_error_px`` is the mean over the last flows whose truth is known, else None.
+    ``endpoint_error_px`` is the mean over the last flows whose truth is known, else None;
+    ``budget_ms`` the time that a flow may take, None for any, and ``overruns`` how many took
+    longer.
     """
 
     frames_in: int = 0
     flow_out: int = 0
     frames_per_s: float = 0.0
     latency_ms: float = 0.0
+    budget_ms: float | None = None
+    overruns: int = 0
     dropped: int = 0
     iterations: int = 0
     warm: bool = False
@@ -54,8 +58,10 @@ class Status:
 
     def __str__(self) -> str:
         """Return one line for people."""
+        budget = ('' if self.budget_ms is None
+                  else f' of {self.budget_ms:.0f}, {self.overruns} over')
         parts = [f'in {self.frames_in}', f'flow {self.flow_out}',
-                 f'{self.frames_per_s:.1f} frames/s', f'latency {self.latency_ms:.0f} ms',
+                 f'{self.frames_per_s:.1f} frames/s', f'latency {self.latency_ms:.0f} ms{budget}',
                  f'dropped {self.dropped}',
                  f'{self.iterations} iterations {"warm" if self.warm else "cold"}']
         if self.endpoint_error_px is not None:

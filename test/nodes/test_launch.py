@@ -45,10 +45,11 @@ def test_every_argument_has_a_description_and_a_choice_where_there_is_one(monkey
     arguments = {argument.name: argument
                  for argument in launch_description(monkeypatch).get_launch_arguments()}
     assert {'namespace', 'image', 'camera_info', 'preset', 'params_file', 'network', 'runtime',
-            'budget', 'direction', 'rviz', 'log_level', 'use_sim_time'} <= set(arguments)
+            'budget', 'latency_ms', 'iterations', 'scale', 'roi', 'direction', 'rviz',
+            'log_level', 'use_sim_time'} <= set(arguments)
     for argument in arguments.values():
         assert argument.description, argument.name
-    for name in ('preset', 'runtime', 'direction', 'rviz', 'log_level', 'use_sim_time'):
+    for name in ('preset', 'runtime', 'direction', 'budget', 'rviz', 'log_level', 'use_sim_time'):
         assert arguments[name].choices, name
 
 
@@ -56,8 +57,9 @@ def test_the_launch_file_starts_the_node_with_what_it_is_given(monkeypatch):
     description = launch_description(monkeypatch)
     from launch import LaunchContext
     context = LaunchContext()
-    given = {'namespace': 'front', 'image': '/camera/image_raw', 'budget': '3', 'rviz': 'true',
-             'direction': 'both', 'preset': 'jetson_orin'}
+    given = {'namespace': 'front', 'image': '/camera/image_raw', 'iterations': '3', 'rviz': 'true',
+             'direction': 'both', 'preset': 'jetson_orin', 'budget': 'latency',
+             'latency_ms': '50', 'scale': '0.5', 'roi': '640x240+0+240'}
     context.launch_configurations.update(given)
     for entity in description.entities[:-1]:
         entity.execute(context)
@@ -74,10 +76,12 @@ def test_the_launch_file_starts_the_node_with_what_it_is_given(monkeypatch):
         for of_node in yaml.safe_load(Path(file).read_text(encoding='utf-8')).values():
             parameters |= of_node['ros__parameters']
     assert (parameters['iterations'], parameters['direction']) == (3, 'both')
+    assert (parameters['budget'], parameters['latency_ms']) == ('latency', 50.0)
+    assert (parameters['scale'], parameters['roi']) == (0.5, '640x240+0+240')
     assert parameters['use_sim_time'] is False
     assert parameters['precision'] == 'fast', 'the preset, where nothing else is said'
-    context.launch_configurations['budget'] = 'much'
-    with pytest.raises(ValueError, match="budget is 'much'; expected a number"):
+    context.launch_configurations['iterations'] = 'many'
+    with pytest.raises(ValueError, match="iterations is 'many'; expected 0 to 100"):
         description.entities[-1].execute(context)
 
 

@@ -32,7 +32,9 @@ from flow_ros.nodes.messages import (
     MessageError,
     scaled_camera_info,
     to_image,
+    viewed_camera_info,
 )
+from flow_ros.streaming.view import View
 
 
 def make(encoding, rows, *, width, height, step=None, big=False):
@@ -263,6 +265,51 @@ def test_camera_info_with_a_region_is_scaled_from_the_region():
     assert (out.width, out.roi.width) == (200, 0)
 
 
+VIEW = View(scale=0.5, roi=(100, 60, 400, 200))
+
+
+def test_camera_info_without_a_view_is_the_cameras():
+    info = camera(binning_x=2, binning_y=2)
+    assert (viewed_camera_info(info, info.header, View(), 320, 240)
+            == scaled_camera_info(info, info.header, 320, 240))
+
+
+def test_camera_info_of_a_view_is_shifted_and_scaled():
+    header = Header(frame_id='camera')
+    out = viewed_camera_info(camera(), header, VIEW, 640, 480)
+    assert out.header is header
+    assert (out.width, out.height) == (200, 100)
+    cx, cy = (320.5 - 100) / 2 - 0.5, (240.5 - 60) / 2 - 0.5
+    np.testing.assert_allclose(out.k, [250, 0, cx, 0, 255, cy, 0, 0, 1])
+    np.testing.assert_allclose(out.p, [250, 0, cx, -25, 0, 255, cy, 0, 0, 0, 1, 0])
+    np.testing.assert_allclose(out.d, camera().d)
+
+
+def test_a_point_is_where_the_views_camera_info_says():
+    """What projects to a pixel of the camera's image projects to the same place of the view."""
+    ray = np.array([0.1, -0.05, 1.0])
+    full = np.reshape(camera().k, (3, 3)) @ ray
+    viewed = viewed_camera_info(camera(), Header(), VIEW, 640, 480)
+    np.testing.assert_allclose((np.reshape(viewed.k, (3, 3)) @ ray)[:2],
+                               VIEW.to_view(full[:2], 640, 480))
+
+
+def test_camera_info_of_a_view_of_a_binned_region_is_for_the_view_alone():
+    info = camera(binning_x=2, binning_y=2)
+    info.roi.x_offset, info.roi.y_offset, info.roi.width, info.roi.height = 120, 40, 400, 400
+    out = viewed_camera_info(info, Header(), View(roi=(50, 60, 100, 80)), 200, 200)
+    np.testing.assert_allclose(out.k, [250, 0, 50, 0, 255, 40, 0, 0, 1])
+    assert (out.width, out.height, out.binning_x, out.roi.width) == (100, 80, 0, 0)
+
+
+def test_camera_info_of_a_view_without_a_size_is_taken_for_the_image():
+    out = viewed_camera_info(camera(width=0, height=0), Header(), View(roi=(20, 40, 64, 48)),
+                             640, 480)
+    np.testing.assert_allclose(out.k, [500, 0, 300, 0, 510, 200, 0, 0, 1])
+    assert (out.width, out.height) == (64, 48)
+
+
 def test_uncalibrated_camera_info_stays_uncalibrated():
-    out = scaled_camera_info(CameraInfo(width=640, height=480), Header(), 320, 240)
-    assert not np.any(out.k) and not np.any(out.p)
+    for out in (scaled_camera_info(CameraInfo(width=640, height=480), Header(), 320, 240),
+                viewed_camera_info(CameraInfo(width=640, height=480), Header(), VIEW, 640, 480)):
+        assert not np.any(out.k) and not np.any(out.p)

@@ -14,6 +14,7 @@
 
 """One table of parameters: the node, config/flow.yaml and the README agree with it."""
 
+import inspect
 import os
 from pathlib import Path
 import re
@@ -33,6 +34,7 @@ from flow_ros import networks
 from flow_ros.nodes import parameters as table
 from flow_ros.runtimes.base import PRECISIONS
 from flow_ros.runtimes.factory import RUNTIMES
+from flow_ros.streaming import FlowEstimator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,6 +130,10 @@ def test_write_names_missing_markers(tmp_path, capsys):
     ('reliability', 'maybe', 'best_effort'),
     ('iterations', -1, 'range'),
     ('max_gap_s', 0.0, 'range'),
+    ('budget', 'soon', 'iterations, latency, rate'),
+    ('latency_ms', -1.0, 'range'),
+    ('scale', 1.5, 'range'),
+    ('roi', '640x240', 'WIDTHxHEIGHT'),
     ('network', 'dip', 'read-only'),
     ('active_runtime', 'torch', 'set by the node alone.*parameter runtime, at start'),
     ('runtime_status', 'fine', 'set by the node alone'),
@@ -139,6 +145,46 @@ def test_setting_what_is_not_allowed_gives_the_reason(make_node, name, value, wo
     assert not result.successful
     assert re.search(word, result.reason)
     assert table.values_of(node) == before
+
+
+@pytest.mark.parametrize(('name', 'text', 'value'), [
+    ('iterations', '3', 3), ('latency_ms', '50', 50.0), ('scale', '0.5', 0.5),
+    ('warm_start', 'false', False), ('roi', '640x240+0+240', '640x240+0+240'),
+    ('budget', 'rate', 'rate')])
+def test_a_text_becomes_the_type_of_its_parameter(name, text, value):
+    made = table.value_of(name, text)
+    assert made == value and type(made) is type(value)
+
+
+@pytest.mark.parametrize(('name', 'text', 'words'), [
+    ('iterations', 'many', "iterations is 'many'; expected 0 to 100"),
+    ('scale', '2', r"scale is 2\.0; expected 0\.05 to 1"),
+    ('scale', 'half', "scale is 'half'; expected 0.05 to 1"),
+    ('warm_start', 'yes', "warm_start is 'yes'; expected true, false"),
+    ('budget', '3', "budget is '3'; expected one of iterations, latency, rate"),
+    ('roi', 'left', 'WIDTHxHEIGHT')])
+def test_a_text_that_is_no_value_is_named(name, text, words):
+    with pytest.raises(ValueError, match=words):
+        table.value_of(name, text)
+
+
+def test_live_values_follow_every_way_of_setting(make_node):
+    node = make_node()
+    values = table.LiveValues(node)
+    assert values.now() == table.values_of(node)
+    node.set_parameters([Parameter('iterations', value=7)])
+    node.set_parameters_atomically([Parameter('budget', value='rate'),
+                                    Parameter('scale', value=0.25)])
+    node.teller.tell(active_runtime='torch')
+    node.set_parameters([Parameter('direction', value='up')])
+    assert values.now() == table.values_of(node)
+    assert (values.now()['budget'], values.now()['iterations']) == ('rate', 7)
+    assert values.now() is values.now(), 'read again only when one was set'
+
+
+def test_the_default_of_early_stop_is_the_estimators():
+    default = inspect.signature(FlowEstimator).parameters['early_stop_px'].default
+    assert table.find('early_stop_px').default == default
 
 
 def test_live_parameters_are_set(make_node):

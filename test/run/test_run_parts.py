@@ -93,6 +93,8 @@ def test_status_goes_through_a_line() -> None:
     assert 'error 1.25 px' in str(status)
     assert 'warm' in str(status)
     assert 'error' not in str(Status())
+    assert 'latency 80 ms of 100, 3 over' in str(Status(latency_ms=80.0, budget_ms=100.0,
+                                                        overruns=3))
 
 
 @pytest.mark.parametrize('line', ['', '[INFO] [preview]: no live view', '{"frames_in": 1}', '7'])
@@ -172,9 +174,29 @@ def test_a_node_that_will_not_end_is_ended(tmp_path: Path,
     assert time.monotonic() - begin < 10.0
 
 
-@pytest.mark.parametrize('arguments', [['--duration', '-1'], ['--params-file', 'nowhere.yaml']])
-def test_wrong_options_are_refused_before_anything_starts(arguments: list[str]) -> None:
+def parsed(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     command.add_parser(parser.add_subparsers())
-    with pytest.raises(CommandError, match=r'duration|no such parameters file'):
-        command.run(parser.parse_args(['run', *arguments]))
+    return parser.parse_args(['run', *arguments])
+
+
+@pytest.mark.parametrize(('arguments', 'words'), [
+    (['--duration', '-1'], 'duration'), (['--params-file', 'nowhere.yaml'], 'no such parameters'),
+    (['--budget', 'soon'], "budget is 'soon'; expected one of iterations, latency, rate"),
+    (['--latency-ms', '-3'], r'latency_ms is -3\.0; expected 1 to 60000'),
+    (['--scale', '2'], r'scale is 2\.0; expected 0\.05 to 1'),
+    (['--roi', 'left'], "roi: .*WIDTHxHEIGHT.*'left'")])
+def test_wrong_options_are_refused_before_anything_starts(arguments: list[str],
+                                                          words: str) -> None:
+    with pytest.raises(CommandError, match=words):
+        command.run(parsed(*arguments))
+
+
+def test_budget_and_view_reach_the_flow_node(tmp_path: Path) -> None:
+    flow = command.node_parameters(parsed(
+        '--latency-ms', '50', '--iterations', '4', '--scale', '0.5', '--roi', '64x48+8+0'),
+        tmp_path)['flow']
+    assert flow == {'max_gap_s': command.PATIENT_GAP_S, 'budget': 'latency', 'latency_ms': 50.0,
+                    'iterations': 4, 'scale': 0.5, 'roi': '64x48+8+0'}
+    rate = command.node_parameters(parsed('--budget', 'rate'), tmp_path)['flow']
+    assert rate['budget'] == 'rate' and 'latency_ms' not in rate
