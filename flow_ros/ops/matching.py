@@ -38,7 +38,13 @@ EIGHT_SEEDS: Seeds = (*SEEDS, (0, -1), (-1, 0), (1, 0), (0, 1))
 TILE = 8
 
 _AT_ONCE = 2 ** 22
-"""Numbers in the windows and products that ``_search_by_lists`` works on at once."""
+_AT_ONCE_ENGINE = 2 ** 19
+"""Numbers in the windows and products that ``_search_by_lists`` works on at once.
+
+An engine keeps the memory of its parts, so small ones stay in the cache: no faster where the
+cache holds the whole map too, a quarter faster where others need it. Eager torch takes memory
+anew for each.
+"""
 
 _MOST_PARTS = 16
 """Of an engine: each takes its time to compile."""
@@ -144,9 +150,10 @@ def _search_by_lists(features_a: Tensor, warped_b: Tensor, radius: int, padding:
     b = warped_b.permute(0, 2, 3, 1).reshape(batch, -1, channels)
     if padding != 'border':
         b = torch.cat([b, b.new_zeros((batch, 1, channels))], dim=1)  # what is outside
-    # In parts, so that memory is bounded on large maps.
+    # In parts, so that memory is bounded on large maps too.
     tiles = len(own) // pixels
-    parts = -(-tiles * batch * window * (channels + pixels) // _AT_ONCE)
+    at_once = _AT_ONCE_ENGINE if torch.jit.is_tracing() else _AT_ONCE
+    parts = -(-tiles * batch * window * (channels + pixels) // at_once)
     step = -(-tiles // min(parts, tiles, _MOST_PARTS))
     planes = []
     for first in range(0, tiles, step):

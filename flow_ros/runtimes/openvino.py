@@ -15,14 +15,17 @@
 """The OpenVINO runtime: each engine function compiled for the CPU, once per input shape."""
 
 from collections import OrderedDict
+from dataclasses import dataclass
 import logging
 from pathlib import Path
 import tempfile
 import threading
 from typing import Any
 import warnings
+import weakref
 
 import numpy as np
+from numpy.typing import NDArray
 import openvino
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
@@ -36,6 +39,9 @@ from flow_ros.runtimes.cache import cache_directory
 _MOST_ENGINES = 32
 """Of a stream that changes its size again and again, the oldest engines are given up."""
 
+_MOST_PIECES = 4
+"""Of memory for one output that wait to be used again: a stream holds two or three at a time."""
+
 _log = logging.getLogger(__name__)
 
 Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
@@ -46,9 +52,10 @@ class OpenVinoRuntime:
 
     An engine is compiled when it is first called with a shape (seconds); the compiled model
     goes to the folder ``cache`` (default: ``cache_directory()``). Tensors are handed over
-    without a copy where they are contiguous, and every call writes into memory of its own, so
-    no act copies what the one before it computed. The network's parameters take no gradients
-    afterwards. Threads may share a runtime: they take turns at each engine.
+    without a copy where they are contiguous, and no call writes into memory of results that
+    anybody still holds, so no act copies what the one before it computed; memory that nobody
+    holds any more is used again. The network's parameters take no gradients afterwards. Threads
+    may share a runtime: they take turns at each engine.
 
     ``arithmetic`` is what convolutions and products are computed in: 'f32', or, with precision
     'fast', what OpenVINO finds fastest here ('bf16' where the CPU has it, 'f16' on some ARM,
@@ -149,23 +156,63 @@ class _Engine:
     def __init__(self, compiled: Any, count: int) -> None:
         self._request = compiled.create_infer_request()
         self._lock = threading.Lock()  # what is bound is the request's
-        self._outputs = [(tuple(port.shape), _torch_type(port.element_type.to_dtype()))
+        self._outputs = [_Memory(tuple(port.shape), _torch_type(port.element_type.to_dtype()))
                          for port in compiled.outputs[:count]]
 
     def run(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        # New memory for each result: features outlive the call by a frame.
-        outputs = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs)
         inputs = [tensor.detach().contiguous() for tensor in tensors]  # alive until infer ends
         with self._lock:
             for index, tensor in enumerate(inputs):
                 self._request.set_input_tensor(index, _shared(tensor))
-            for index, tensor in enumerate(outputs):
-                self._request.set_output_tensor(index, _shared(tensor))
+            outputs = []
+            for index, memory in enumerate(self._outputs):
+                tensor, port = memory.take()
+                self._request.set_output_tensor(index, port)
+                outputs.append(tensor)
             try:
                 self._request.infer()
             except RuntimeError as error:
                 raise EngineFault(f'OpenVINO failed: {str(error).strip()}') from error
-        return outputs
+        return tuple(outputs)
+
+
+@dataclass
+class _Piece:
+    """Memory for one result: as an array, as OpenVINO sees it, and who holds it."""
+
+    array: NDArray[Any]
+    port: Any
+    holder: 'weakref.ref[NDArray[Any]]'
+
+
+class _Memory:
+    """The memory of one output of an engine; whoever calls holds the engine's lock.
+
+    New memory for each result would be megabytes a frame that the system hands out page by page,
+    each filled with zeros first. Each result holds an array of its own on its piece; torch gives
+    that up with the last tensor, view or array of the result. A piece whose array is gone is
+    free.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._pieces: list[_Piece] = []
+
+    def take(self) -> tuple[Tensor, Any]:
+        """Return a tensor on memory that nobody else holds, and the same for OpenVINO."""
+        piece = next((piece for piece in self._pieces if piece.holder() is None), None)
+        if piece is None:
+            # Torch's memory, for its alignment.
+            array = torch.empty(self._shape, dtype=self._dtype).numpy()
+            piece = _Piece(array, openvino.Tensor(array, shared_memory=True),
+                           weakref.ref(array))
+            self._pieces.append(piece)
+            # Of what a caller keeps for long, the memory becomes the caller's.
+            del self._pieces[:-_MOST_PIECES]
+        held = piece.array.view()
+        piece.holder = weakref.ref(held)
+        return torch.from_numpy(held), piece.port
 
 
 def _writable(directory: Path) -> Path | None:

@@ -1,0 +1,42 @@
+# Copyright 2026 flow_ros maintainers
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""How many threads torch takes beside a runtime that has threads of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from flow_ros.runtimes.base import Runtime
+
+
+@contextmanager
+def torch_beside(runtime: Runtime) -> Iterator[None]:
+    """Let torch work in one thread of this caller while ``runtime`` is OpenVINO.
+
+    Torch's other threads wait for their next work with their cores at full load, for
+    milliseconds: cores that OpenVINO's threads have to share with them. On two cores that is 6
+    to 8 % of DIP-RT's frame at 640x480, more than torch's threads save in the little it does
+    between the engines. Other threads of the process keep torch as they have it.
+    """
+    before = torch.get_num_threads()
+    if runtime.name != 'openvino' or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
