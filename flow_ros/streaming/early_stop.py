@@ -12,24 +12,82 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""How much a step still changed: what the early stop goes by."""
+"""How much a step still changed: what the early stop goes by.
 
+Where a picture is smooth, a network's update is mostly what it makes of the camera's noise, and
+can be larger than that of a small object that begins to move. So an update means something
+only
+
+- where the two frames differ by more than noise, in the means of blocks of 8x8 px, or next to
+  it: there something moved, or its light changed;
+- where the flow was not small already (half a cell of the level): a prior that goes on although
+  the scene has stopped must be taken back, however alike the frames are.
+"""
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from flow_ros.networks.base import State
 from flow_ros.ops.sampling import resize_flow
 
+BLOCK = 8
+"""px: noise that is independent from pixel to pixel is an eighth in their means."""
 
-def largest_update(before: State, after: State) -> float:
-    """Return the largest update that means something between two states, full-resolution px."""
-    return float(update_size(before, after).amax())
+LEAST_DIFFERENCE = 2.5
+MOST_DIFFERENCE = 6.0
+"""Grey levels between which the difference lies that is more than noise."""
+_NOISES = 5.0
+"""Mean absolute differences that make it: four standard deviations."""
+_NOISE_AT_MOST = 3.0  # so that what moves does not count as noise
+_MOVING_CELLS = 0.5
 
 
-def update_size(before: State, after: State) -> Tensor:
-    """Return (B, 1, h, w): the size of the mean update of the 2x2 cells about each corner."""
-    flow, start = after.flow, before.flow
-    if start.shape != flow.shape:
-        start = resize_flow(start, (flow.shape[-2], flow.shape[-1]))
-    change = functional.avg_pool2d(flow - start, 2, 1, 1, count_include_pad=False)
-    return change.square().sum(dim=1, keepdim=True).sqrt() * after.level
+def block_means(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return the grey levels (h, w) of the blocks of ``frame`` (H, W, 3)."""
+    height, width = frame.shape[:2]
+    size = (max(width // BLOCK, 1), max(height // BLOCK, 1))
+    small = cv2.resize(np.ascontiguousarray(frame), size, interpolation=cv2.INTER_AREA)
+    return np.asarray(small.reshape(size[1], size[0], 3).mean(axis=2), dtype=np.float32)
+
+
+def differing(means_a: NDArray[np.float32], means_b: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return (h, w): where two frames differ by more than noise, and the blocks around it."""
+    difference = np.abs(means_a - means_b)
+    noise = float(np.minimum(difference, _NOISE_AT_MOST).mean())
+    bound = min(max(_NOISES * noise, LEAST_DIFFERENCE), MOST_DIFFERENCE)
+    found = (difference > bound).astype(np.uint8)
+    return np.asarray(cv2.dilate(found, np.ones((3, 3), np.uint8)), dtype=np.bool_)
+
+
+def largest_update(before: State, after: State, differing: NDArray[np.bool_]) -> float:
+    """Return the largest update that means something between two states, full-resolution px.
+
+    ``differing`` is that of the two frames.
+    """
+    flow = after.flow
+    start = resize_flow(before.flow, (flow.shape[-2], flow.shape[-1]))
+    update = (flow - start).square().sum(dim=1, keepdim=True).sqrt() * after.level
+    return float((update * _meaningful(start, differing)).amax())
+
+
+def has_meaning(state: State, differing: NDArray[np.bool_]) -> bool:
+    """Tell whether any update of ``state`` could mean something."""
+    return bool(differing.any()) or bool(_moving(state.flow).any())
+
+
+def _meaningful(flow: Tensor, differing: NDArray[np.bool_]) -> Tensor:
+    mask = torch.from_numpy(differing.astype(np.float32))[None, None].to(flow.device)
+    size = (flow.shape[-2], flow.shape[-1])
+    if size[0] < mask.shape[-2] or size[1] < mask.shape[-1]:
+        mask = functional.adaptive_max_pool2d(mask, size)
+    elif size != tuple(mask.shape[-2:]):
+        mask = functional.interpolate(mask, size=size, mode='nearest')
+    return torch.maximum(mask, _moving(flow).float())
+
+
+def _moving(flow: Tensor) -> Tensor:
+    return flow.abs().amax(dim=1, keepdim=True) > _MOVING_CELLS

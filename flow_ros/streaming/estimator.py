@@ -32,6 +32,7 @@ from flow_ros.runtimes import create_runtime, Runtime
 from flow_ros.runtimes.acts import PRIOR_PX, run_acts
 from flow_ros.runtimes.cache import Say
 from flow_ros.streaming.budget import Budget, StampPeriod
+from flow_ros.streaming.early_stop import block_means, differing
 from flow_ros.streaming.estimate import complete, Estimate, lacks, result_of, REVERSE
 from flow_ros.streaming.pace import Pace, Paces
 from flow_ros.streaming.result import FlowResult
@@ -52,6 +53,7 @@ class _Frame:
     stamp: float
     features: Features
     small: Tensor  # grey, for scene_cut
+    means: NDArray[np.float32]  # for early_stop
     runtime: Runtime  # whose features these are
     pixels: NDArray[np.uint8] | None  # kept where another runtime may have to encode them
 
@@ -111,9 +113,9 @@ class FlowEstimator:
     steps; of a budget of time each direction has its half.
 
     A level of the network gets no more steps once one has changed the flow by less than
-    ``early_stop_px`` (full-resolution px; 0: never; see ``early_stop``). On CUDA, where looking
-    after each step would cost more than it saves, that is asked once, after the first step of a
-    warm start, and only where the last pair was still.
+    ``early_stop_px`` (full-resolution px, counted where the frames differ; 0: never; see
+    ``early_stop``). On CUDA, where looking after each step would cost more than it saves, each
+    level gets one step where the frames do not differ, and else all.
 
     Each frame is encoded once. The flow is carried to the next pair (``warm_start``), but for
     one that does not explain the frames it leads between: after a scene cut the start is cold.
@@ -290,7 +292,7 @@ class FlowEstimator:
             pace.encoded()
             state = network.start(features, features, prior_flow=prior, call=runtime.call)
             state = replace(state, schedule=tuple(dict.fromkeys(state.schedule)))
-            pace.run(state, None, direction='forward')
+            pace.run(state)
 
     def _next(self, frame: NDArray[np.uint8], stamp: float, came: float, after_ms: float,
               period_s: float | None) -> FlowResult | None:
@@ -337,7 +339,8 @@ class FlowEstimator:
     def _encoded(self, pixels: NDArray[np.uint8], stamp: float, runtime: Runtime) -> _Frame:
         image = upload(pixels, runtime.device)
         kept = self._serving.may_change(*pixels.shape[:2])
-        return _Frame(stamp=stamp, small=small_grey(image), runtime=runtime,
+        return _Frame(stamp=stamp, small=small_grey(image), means=block_means(pixels),
+                      runtime=runtime,
                       features=runtime.network.encode(image, call=runtime.call),
                       pixels=pixels.copy() if kept else None)
 
@@ -436,7 +439,7 @@ class FlowEstimator:
             state = network.start(a.features, b.features, prior_flow=prior, iterations=count,
                                   call=runtime.call)
         state, output, why = pace.run(state, watch.lap if watch is not None else None,
-                                      direction=direction, both=not last)
+                                      differing=differing(old.means, new.means), both=not last)
         return Estimate(output, state, '' if state.warm else cold_reason, ended or why)
 
     def _prior(self, direction: str, a: _Frame, b: _Frame) -> tuple[Tensor | None, str]:

@@ -18,7 +18,8 @@ Where the host waits for each step (the CPU), it is asked after every step what 
 CUDA it is not: steps and output are one piece of work, for which nothing waits in between. There
 the whole schedule is chosen ahead, out of few (``planner.ROUNDS``), because each becomes a CUDA
 graph; what it took is known where the host waits for its results anyway, and is shared out among
-its acts by their cells.
+its acts by their cells. An early stop is decided ahead there too: where the two frames do not
+differ and the prior is at rest, each level gets one step.
 """
 
 from collections import OrderedDict
@@ -26,11 +27,14 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 import time
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flow_ros.networks.base import FlowNetwork, FlowOutput, State, Step
 from flow_ros.runtimes.base import Lap, Runtime
 from flow_ros.runtimes.handover import describe
 from flow_ros.streaming.costs import CostBook, REFERENCE
-from flow_ros.streaming.early_stop import largest_update
+from flow_ros.streaming.early_stop import has_meaning, largest_update
 from flow_ros.streaming.planner import (
     acts_of,
     Cost,
@@ -64,7 +68,6 @@ class Paces:
 
     def __init__(self) -> None:
         self._books: OrderedDict[Hashable, CostBook] = OrderedDict()
-        self._still: dict[str, bool] = {}
 
     def begin(self, runtime: Runtime, size: tuple[int, int], *, came: float,
               limit_ms: float | None = None, after_ms: float = 0.0, early_stop_px: float = 0.0,
@@ -79,16 +82,14 @@ class Paces:
         if len(self._books) > _MOST_BOOKS:
             self._books.popitem(last=False)
         return Pace(runtime, book, came=came, limit_ms=limit_ms, after_ms=after_ms,
-                    early_stop_px=early_stop_px, output=('output', output), still=self._still,
-                    clock=clock)
+                    early_stop_px=early_stop_px, output=('output', output), clock=clock)
 
 
 class Pace:
     """One pair's way through its budget."""
 
     def __init__(self, runtime: Runtime, book: CostBook, *, came: float, limit_ms: float | None,
-                 after_ms: float, early_stop_px: float, output: Hashable,
-                 still: dict[str, bool], clock: Clock) -> None:
+                 after_ms: float, early_stop_px: float, output: Hashable, clock: Clock) -> None:
         self._runtime = runtime
         self._book = book
         self._came = came
@@ -96,7 +97,6 @@ class Pace:
         self._after_ms = after_ms
         self._early_stop_px = early_stop_px
         self._output = output
-        self._still = still
         self._clock = clock
         self._since = clock()
         self._predicted: float | None = None
@@ -107,11 +107,13 @@ class Pace:
         """Say that all since this pace began was the encoder's work."""
         self._learn(REFERENCE)
 
-    def run(self, state: State, lap: Lap | None, *, direction: str,
+    def run(self, state: State, lap: Lap | None = None, *,
+            differing: NDArray[np.bool_] | None = None,
             both: bool = False) -> tuple[State, FlowOutput, str]:
         """Do of ``state.schedule`` what fits, and finish; also why it ended there.
 
-        ``both``: the other direction comes after this one, and needs as much time.
+        ``differing`` is where the two frames differ (see ``early_stop``), None for no early
+        stop. ``both``: the other direction comes after this one, and needs as much time.
         """
         first = self._predicted is None
         if not first:
@@ -119,14 +121,14 @@ class Pace:
         available = self._available(self._runtime.network, state, both)
         run = _Run(self._book, state, limit_at=None if available is None
                    else self._clock() + available / 1e3, clock=self._clock,
-                   early_stop_px=self._early_stop_px, rounds=ROUNDS if self._ahead else ())
+                   early_stop_px=self._early_stop_px, differing=differing,
+                   rounds=ROUNDS if self._ahead else ())
+        if self._ahead:
+            run.stop_ahead(state)
         state = replace(state, schedule=run.planned())
         if first:
             self._predicted = self._prediction(state, both)
-        if self._ahead:
-            after, output, run.stopped = self._chunks(state, lap, direction)
-        else:
-            after, output = self._runtime.loop(state, lap, run)
+        after, output = self._runtime.loop(state, lap, None if self._ahead else run)
         output = checked(output, self._runtime)
         self._since = self._clock()
         run.learn(state, after)
@@ -139,25 +141,6 @@ class Pace:
         limit = self._limit_ms
         return TimeKept(predicted_ms=self._predicted or None, spent_ms=spent, budget_ms=limit,
                         overrun=limit is not None and spent + self._after_ms > limit)
-
-    def _chunks(self, state: State, lap: Lap | None,
-                direction: str) -> tuple[State, FlowOutput, bool]:
-        """Do the steps without looking; where the last pair was still, look once.
-
-        Then the first step is done alone, and the others only if it moved something: the last
-        value says that it did not.
-        """
-        px, rest = self._early_stop_px, state.schedule[1:]
-        alone = px > 0 and rest and len(set(state.schedule)) == 1
-        after = state
-        if alone and self._still.get(direction):
-            after, output = self._runtime.loop(replace(state, schedule=state.schedule[:1]), lap)
-            if largest_update(state, after) < px:
-                return after, output, True
-            after = replace(after, schedule=rest)
-        after, output = self._runtime.loop(after, lap)
-        self._still[direction] = bool(alone) and largest_update(state, after) < px
-        return after, output, False
 
     def _available(self, network: FlowNetwork, state: State, both: bool) -> float | None:
         """Return how many ms this direction's steps and output may take, None for no limit."""
@@ -197,17 +180,26 @@ class _Run:
     """The ``Control`` of one loop."""
 
     def __init__(self, book: CostBook, state: State, *, limit_at: float | None, clock: Clock,
-                 early_stop_px: float, rounds: tuple[int, ...]) -> None:
+                 early_stop_px: float, differing: NDArray[np.bool_] | None,
+                 rounds: tuple[int, ...]) -> None:
         self._book = book
         self._limit_at = limit_at
         self._clock = clock
         self._early_stop_px = early_stop_px
+        self._differing = differing if early_stop_px > 0 else None
         self._rounds = rounds
         self._left = state.schedule  # whatever the plans were, this is what may still be done
         self._position = Position(state.level)
-        self.stopped = False
+        self._stopped = False
         self._looks = 0
         self._since = clock()
+
+    def stop_ahead(self, state: State) -> None:
+        """Leave one step for each level if no update of ``state`` could mean something."""
+        if self._differing is not None and not has_meaning(state, self._differing):
+            left = tuple(dict.fromkeys(self._left))
+            self._stopped = len(left) < len(self._left)
+            self._left = left
 
     def planned(self) -> tuple[Step, ...]:
         """Return the steps to do from here."""
@@ -225,11 +217,11 @@ class _Run:
         self._book.learn(StepAct(step.level, step.operator, entering), 1e3 * (now - self._since))
         self._since = now
         self._advance(step)
-        if (self._early_stop_px > 0 and self._left
-                and largest_update(before, after) < self._early_stop_px):
+        if (self._differing is not None and step in self._left
+                and largest_update(before, after, self._differing) < self._early_stop_px):
             # A coarse level says little of a finer one: that gets its own look.
             self._left = tuple(left for left in self._left if left != step)
-            self.stopped = not self._left
+            self._stopped = not self._left
         return self.planned()
 
     def learn(self, start: State, after: State) -> None:
@@ -248,9 +240,9 @@ class _Run:
 
     def ended(self, after: State) -> str:
         """Return why the loop ended, in the words of ``FlowResult.ended``."""
-        if self.stopped:
-            return 'early stop'
-        return 'deadline' if self._left else 'schedule'
+        if self._left:
+            return 'deadline'
+        return 'early stop' if self._stopped else 'schedule'
 
     def _advance(self, step: Step) -> None:
         """Take ``step``, and all that was left out before it, from what may still be done."""
