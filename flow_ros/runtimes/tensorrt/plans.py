@@ -144,7 +144,7 @@ class _Build:
         typed = getattr(api.NetworkDefinitionCreationFlag, 'STRONGLY_TYPED', None)
         network = builder.create_network(0 if typed is None else 1 << int(typed))
         self._goes_on(meter, 'Reading the graph')
-        self._parse(network, model)
+        parser = self._parse(network, model)
         check_grid_samples(api, network, read_grid_samples(model), name=self._name,
                            version=self._library.installation.text)
         config = builder.create_builder_config()
@@ -154,6 +154,9 @@ class _Build:
         config.progress_monitor = monitor
         self._goes_on(meter, 'Building')
         plan = builder.build_serialized_network(network, config)
+        # Until here, whatever Python thinks of it: the weights of the network are memory of the
+        # parser, which a build reads to its end.
+        del parser
         meter.check()
         if plan is None:
             raise self._error('cannot build this graph')
@@ -163,7 +166,8 @@ class _Build:
         meter.tell(phase)
         meter.check()
 
-    def _parse(self, network: Any, model: bytes) -> None:
+    def _parse(self, network: Any, model: bytes) -> Any:
+        """Read the graph into ``network``; returns the parser, which must outlive the build."""
         api = self._api
         parser = make(api.OnnxParser, network, self._library.logger)
         if parser is None:
@@ -181,6 +185,7 @@ class _Build:
         if not network.num_outputs:
             raise BuildError(f'{self._head()} finds no outputs in this graph ({len(model)} '
                              f'bytes): export it again')
+        return parser
 
     def _configure(self, config: Any) -> None:
         api, options = self._api, self._options
