@@ -3,7 +3,8 @@
 #   make run     an image source, the flow node, a consumer and a preview, over real DDS
 #   make test    all the tests          TESTS=test/run   one part of them
 #   make lint    style and types        make types       types alone
-#   make bench   what is claimed about speed and accuracy
+#   make bench   tables and plots of this machine: bench/results   QUICK=1  MINUTES=20  DATA=DIR
+#   make bench-all   that, and every other script of bench/: hours
 #   make gpu-check   all that waits for a GPU   MINUTES=9
 #   make test-3.10   the tests that need no torch, on Python 3.10
 PYTHON ?= python3
@@ -18,12 +19,20 @@ RUN_OPTIONS = \
 	$(if $(FPS),--fps '$(FPS)') $(if $(SIZE),--size '$(SIZE)') $(if $(TOPIC),--topic '$(TOPIC)') \
 	$(if $(NETWORK),--network '$(NETWORK)') $(if $(WEIGHTS),--weights '$(WEIGHTS)') \
 	$(if $(RUNTIME),--runtime '$(RUNTIME)') $(if $(ITERATIONS),--iterations '$(ITERATIONS)') \
+	$(if $(BUDGET),--budget '$(BUDGET)') $(if $(LATENCY_MS),--latency-ms '$(LATENCY_MS)') \
+	$(if $(SCALE),--scale '$(SCALE)') $(if $(ROI),--roi '$(ROI)') \
 	$(if $(DIRECTION),--direction '$(DIRECTION)') $(if $(PARAMS),--params-file '$(PARAMS)') \
+	$(if $(OUT),--out '$(OUT)')
+
+# make bench: `flow_ros bench --help` explains them, and single runs.
+BENCH_OPTIONS = \
+	$(if $(QUICK),--quick) $(if $(MINUTES),--minutes '$(MINUTES)') \
+	$(if $(DATA),--data '$(DATA)') $(if $(THREADS),--threads '$(THREADS)') \
 	$(if $(OUT),--out '$(OUT)')
 
 TESTS ?= test
 
-.PHONY: help setup run test test-3.10 lint types bench gpu-check clean
+.PHONY: help setup run test test-3.10 lint types bench bench-all gpu-check clean
 
 help:
 	@sed -n 's/^#   make/make/p' Makefile
@@ -52,7 +61,13 @@ types: setup
 	$(BIN)/mypy
 
 bench: setup
-	@for file in $(sort $(wildcard bench/*.py)); do echo "$$file"; $(BIN)/python "$$file" || exit 1; done
+	$(BIN)/python -m flow_ros.cli.main bench $(BENCH_OPTIONS)
+
+# What fails does not keep the others from being run.
+bench-all: bench
+	@failed=; for file in $(sort $(wildcard bench/*.py)); do \
+		echo "$$file"; $(BIN)/python "$$file" || failed="$$failed $$file"; done; \
+		[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
 # Without `setup`: a machine that is lent for minutes may have torch and no network.
 gpu-check:
