@@ -103,9 +103,9 @@ class FrameTime:
 def measure(job: TimingJob, tell: Tell = print) -> dict[str, Any]:
     """Do one measurement in this process, which should have done nothing else before.
 
-    Returns the row of the JSON file; the module's docstring says what is in it. ``tell`` is given a line about what is
-    being done. Raises Refused where the job cannot be: an unknown network, a runtime that this
-    machine does not have, a source without frames.
+    Returns the row of the JSON file; the module's docstring says what is in it. ``tell`` is
+    given a line about what is being done. Raises Refused where the job cannot be: an unknown
+    network, a runtime that this machine does not have, a source without frames.
     """
     import torch
 
