@@ -34,6 +34,8 @@ from torch.nn import functional
 from flow_ros.networks.base import State
 from flow_ros.ops.sampling import resize_flow
 
+DEFAULT_PX = 0.5
+
 BLOCK = 8
 """px: noise that is independent from pixel to pixel is an eighth in their means."""
 

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from flow_ros.networks import create
-from flow_ros.networks.base import Features, FlowNetwork
+from flow_ros.networks.base import Features, FlowNetwork, PriorFlow
 from flow_ros.runtimes import create_runtime, Runtime
 from flow_ros.runtimes.acts import PRIOR_PX, run_acts
 from flow_ros.runtimes.cache import Say
 from flow_ros.streaming.budget import Budget, StampPeriod
-from flow_ros.streaming.early_stop import block_means, differing
+from flow_ros.streaming.early_stop import block_means, DEFAULT_PX, differing
 from flow_ros.streaming.estimate import complete, Estimate, lacks, result_of, REVERSE
 from flow_ros.streaming.pace import Pace, Paces
 from flow_ros.streaming.result import FlowResult
@@ -124,7 +124,7 @@ class FlowEstimator:
 
     def __init__(self, *, network: str | FlowNetwork = 'dip_rt',
                  weights: str | Path | None = 'default', runtime: str | Runtime = 'auto',
-                 budget: Budget = Budget(), early_stop_px: float = 0.0,
+                 budget: Budget = Budget(), early_stop_px: float = DEFAULT_PX,
                  direction: str = 'forward',
                  device: str | torch.device | None = None, warm_start: bool = True,
                  max_gap_s: float = 0.5, outputs: Iterable[str] = OUTPUTS,
@@ -442,7 +442,7 @@ class FlowEstimator:
                                       differing=differing(old.means, new.means), both=not last)
         return Estimate(output, state, '' if state.warm else cold_reason, ended or why)
 
-    def _prior(self, direction: str, a: _Frame, b: _Frame) -> tuple[Tensor | None, str]:
+    def _prior(self, direction: str, a: _Frame, b: _Frame) -> tuple[PriorFlow | None, str]:
         """Return the prior flow from a to b, or None and why there is none."""
         if direction not in self._past:
             return None, 'direction changed' if self._past else self._cold_reason

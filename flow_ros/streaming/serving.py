@@ -23,6 +23,7 @@ from torch import Tensor
 from flow_ros.networks.base import FlowOutput
 from flow_ros.runtimes.base import EngineFault, Runtime
 from flow_ros.runtimes.handover import describe, Handover
+from flow_ros.streaming.transfer import all_finite
 
 
 class Serving:
@@ -73,12 +74,11 @@ class Serving:
 def checked(output: FlowOutput, runtime: Runtime) -> FlowOutput:
     """Return ``output`` in float32; raise EngineFault where it has NaN or infinite values.
 
-    The check is one sum, into which every such value goes, and one wait for the device.
+    On a GPU the check is one sum, into which every such value goes, and one wait for it.
     """
     named = {'flow': output.flow, 'confidence': output.confidence, 'occlusion': output.occlusion}
     maps = {name: values for name, values in named.items() if values is not None}
-    total = torch.stack([values.sum(dtype=torch.float32) for values in maps.values()]).sum()
-    if not math.isfinite(float(total)):
+    if not _finite(list(maps.values())):
         bad = {name: int((~torch.isfinite(values)).sum()) for name, values in maps.items()}
         seen = ', '.join(f'{count} of {maps[name].numel()} values of its {name}'
                          for name, count in bad.items() if count)
@@ -87,6 +87,13 @@ def checked(output: FlowOutput, runtime: Runtime) -> FlowOutput:
                           f'in order?')
     return replace(output, flow=output.flow.float(), confidence=_float(output.confidence),
                    occlusion=_float(output.occlusion))
+
+
+def _finite(maps: list[Tensor]) -> bool:
+    if maps[0].device.type == 'cpu':  # without threads that would spin into the next engine
+        return all(all_finite(values) for values in maps)
+    total = torch.stack([values.sum(dtype=torch.float32) for values in maps]).sum()
+    return math.isfinite(float(total))
 
 
 def _float(values: Tensor | None) -> Tensor | None:

@@ -45,7 +45,7 @@ def pan(k, *, speed=8, seed=0, width=240):
 
 def estimator(**options):
     options = {'network': BlockMatching(), 'runtime': 'torch', 'device': 'cpu',
-               'outputs': {'flow'}, **options}
+               'outputs': {'flow'}, 'early_stop_px': 0.0, **options}
     return FlowEstimator(**options)
 
 
