@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flow_ros.ops.exporting import are_open, is_exporting, runs_on_cpu
-from flow_ros.ops.sampling import pixel_grid, sample
+from flow_ros.ops.sampling import normalised, pixel_grid, sample, sample_grid
 
 Seeds = tuple[tuple[int, int], ...]
 
@@ -62,6 +62,11 @@ def inverse_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor,
     """
     height, width = features_a.shape[-2:]
     points = pixel_grid(height, width, flow) + flow  # (B, 2, H, W)
+    if runs_on_cpu(features_a, features_b, flow):
+        grid = normalised(points, height, width)
+        return _correlate_in_turn(features_a, features_b, [
+            grid + grid.new_tensor([2 * dx / max(width - 1, 1), 2 * dy / max(height - 1, 1)])
+            for dx, dy in seeds])
     # The seeds enter as numbers: as tensors each would wait for its copy to a GPU.
     return _correlate(features_a, features_b, [
         torch.stack([points[:, 0] + dx, points[:, 1] + dy], dim=1) for dx, dy in seeds])
@@ -101,8 +106,15 @@ def _correlate(features_a: Tensor, features_b: Tensor, targets: list[Tensor]) ->
     b = features_b.to(targets[0].dtype).contiguous()
     if a.is_cuda or is_exporting():
         return _correlate_at_once(a, b, targets)
-    planes = [(a * sample(b, points)).mean(dim=1, keepdim=True) for points in targets]
-    return torch.cat(planes, dim=1)
+    return _correlate_in_turn(a, b, [normalised(points, *a.shape[-2:]) for points in targets])
+
+
+def _correlate_in_turn(features_a: Tensor, features_b: Tensor, grids: list[Tensor]) -> Tensor:
+    """Sample one map for each of ``grids``, which are normalised targets."""
+    a = features_a.to(grids[0].dtype).contiguous()
+    b = features_b.to(grids[0].dtype).contiguous()
+    return torch.cat([(a * sample_grid(b, grid)).mean(dim=1, keepdim=True) for grid in grids],
+                     dim=1)
 
 
 def _correlate_at_once(a: Tensor, b: Tensor, targets: list[Tensor]) -> Tensor:

@@ -37,9 +37,21 @@ def sample(image: Tensor, points: Tensor, padding: str = 'border') -> Tensor:
     computed in that of the points: half precision cannot address 2048 px and more.
     """
     height, width = image.shape[-2:]
+    return sample_grid(image, normalised(points, height, width), padding)
+
+
+def normalised(points: Tensor, height: int, width: int) -> Tensor:
+    """Return ``points`` (B, 2, h, w) of a map of ``height`` x ``width`` px as (B, h, w, 2).
+
+    -1 and 1 are the centres of the outermost pixels, as ``sample_grid`` wants them.
+    """
     x = points[:, 0] * (2 / max(width - 1, 1)) - 1
     y = points[:, 1] * (2 / max(height - 1, 1)) - 1
-    grid = torch.stack([x, y], dim=-1)  # (B, h, w, 2)
+    return torch.stack([x, y], dim=-1)
+
+
+def sample_grid(image: Tensor, grid: Tensor, padding: str = 'border') -> Tensor:
+    """Do what ``sample`` does, at points that are ``normalised``."""
     sampled = functional.grid_sample(image.to(grid.dtype), grid, mode='bilinear',
                                      padding_mode=padding, align_corners=True)
     return sampled.to(image.dtype)
