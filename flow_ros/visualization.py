@@ -35,6 +35,7 @@ FloatArray = NDArray[np.float32]
 WHEEL_RADIUS = 512
 WHEEL_DIRECTIONS = (0.0, 90.0, 180.0, 270.0, 360.0)  # right, down, left, up, right
 WHEEL_HUES = (0.0, 75.0, 185.0, 265.0, 360.0)
+MANY = 0.05  # the share of pixels from which on picking them out costs more than doing all
 ROBUST_PERCENTILE = 99.0
 ROBUST_STRIDE = 4  # one pixel in 16 says enough about the speeds of a frame
 ROBUST_MIN_PX = 1.0  # so that the noise of a still scene stays pale
@@ -101,19 +102,30 @@ def flow_to_color(flow: NDArray[Any], max_px: float | None = None) -> ByteArray:
 def _bring_onto_the_wheel(places: FloatArray) -> None:
     """Shorten what is beyond the rim; put what is invalid on the black cell; in place.
 
-    Both are few pixels, so they are looked for, and only they are worked on.
+    As a rule both are few pixels: they are looked for, and only they are worked on.
     """
     flat = places.reshape(-1)
     # False for NaN too.
     outside = np.flatnonzero(~(np.abs(flat) <= WHEEL_RADIUS)) >> 1
     if not outside.size:
         return
-    pixels = flat.reshape(-1, 2)
-    taken = pixels[outside]
-    length = np.hypot(taken[:, :1], taken[:, 1:])
+    if outside.size > MANY * flat.size:
+        _shorten(places)
+    else:
+        pixels = flat.reshape(-1, 2)
+        taken = pixels[outside][None]
+        _shorten(taken)
+        pixels[outside] = taken[0]
+
+
+def _shorten(places: FloatArray) -> None:
+    """Bring ``places`` (H, W, 2) onto the wheel, in place."""
+    length = cv2.magnitude(places[..., 0], places[..., 1])
+    invalid = ~np.isfinite(length)
     with np.errstate(invalid='ignore'):
-        shortened = taken * (WHEEL_RADIUS / length)
-    pixels[outside] = np.where(np.isfinite(length), shortened, -WHEEL_RADIUS - 1.0)
+        places *= (WHEEL_RADIUS / np.maximum(length, WHEEL_RADIUS))[..., None]
+    if bool(invalid.any()):
+        places[invalid] = -WHEEL_RADIUS - 1.0
 
 
 def confidence_to_mono(confidence: NDArray[Any]) -> ByteArray:

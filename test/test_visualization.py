@@ -135,12 +135,26 @@ def exact_color(flow: np.ndarray, max_px: float) -> np.ndarray:
     return np.stack([255.0 * (1 - strength * (1 - ramp)) for ramp in ramps], axis=-1)
 
 
+@pytest.mark.parametrize('fast', [0.0, 0.01, 0.5])
 @pytest.mark.parametrize('max_px', [0.5, 7.0, 1000.0])
-def test_flow_color_is_exact_to_one_grey_level(max_px: float) -> None:
+def test_flow_color_is_exact_to_one_grey_level(max_px: float, fast: float) -> None:
     random = np.random.default_rng(0)
-    # Slow and fast, on the rim and far beyond it, in all directions.
-    flow = (random.normal(0, 1, (200, 300, 2)) * max_px
-            * random.choice([0.01, 0.3, 1.0, 50.0], (200, 300, 1))).astype(np.float32)
+    # Slow and on the rim, and a share far beyond it, in all directions.
+    flow = (random.uniform(-1, 1, (200, 300, 2)) * max_px
+            * random.choice([0.01, 0.3, 1.0], (200, 300, 1))).astype(np.float32)
+    flow[random.random((200, 300)) < fast] *= 50.0
+    before = flow.copy()
     picture = flow_to_color(flow, max_px)
+    np.testing.assert_array_equal(flow, before)
     # 0.5 of the rounding, 0.5 of the nearest cell of the wheel.
     assert np.abs(picture - exact_color(flow, max_px)).max() <= 1.0 + 1e-3
+
+
+@pytest.mark.parametrize('share', [0.01, 0.9])
+def test_few_and_many_invalid_pixels_are_black_and_no_others(share: float) -> None:
+    random = np.random.default_rng(0)
+    flow = random.normal(0, 9, (60, 80, 2)).astype(np.float32)
+    invalid = random.random((60, 80)) < share
+    flow[invalid, 1] = random.choice([np.nan, np.inf, -np.inf], invalid.sum())
+    picture = flow_to_color(flow, 10.0)
+    np.testing.assert_array_equal((picture == 0).all(axis=2), invalid)
