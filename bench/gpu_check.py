@@ -155,7 +155,7 @@ def splatting(file: Path, device_name: str, sizes: Sequence[str]) -> None:
         prior = reference_pair(*parse_size(size))[2]
 
         def once(flow: torch.Tensor) -> torch.Tensor:
-            return carry(sample_flow(flow, cell=8), direction='forward')
+            return carry(sample_flow(flow, cell=8), direction='forward').flow
 
         on_device = prior.to(device)
         same = torch.equal(once(on_device).cpu(), once(prior))

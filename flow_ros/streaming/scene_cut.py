@@ -20,10 +20,14 @@ DIS priors: at least 0.95 on a real drive with up to five of six frames dropped 
 more on pans of 120 px a frame; 0.43 or less across 90 cuts between unlike scenes.
 """
 
+import math
+
+import cv2
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flow_ros.networks.base import CellFlow
 from flow_ros.ops.sampling import warp
 
 THRESHOLD = 0.55
@@ -36,23 +40,29 @@ _SAMPLES_PER_CELL = 4
 
 def small_grey(image: Tensor) -> Tensor:
     """Return ``image`` (B, 3, H, W) as (B, 1, 30, 40), grey levels 0..255."""
-    return functional.adaptive_avg_pool2d(_thinned(image).mean(dim=1, keepdim=True), SMALL)
+    thin = _thinned(image)
+    return _small((thin[:, :1] + thin[:, 1:2]).add_(thin[:, 2:]) / 3)
 
 
-def explains(flow: Tensor | None, small_a: Tensor, small_b: Tensor) -> bool:
+def explains(flow: Tensor | CellFlow | None, small_a: Tensor, small_b: Tensor) -> bool:
     """Tell whether frame b may follow frame a in one scene.
 
-    ``flow`` (B, 2, H, W), full-resolution px, leads from a to b on a's grid; None for no
-    motion. Motion is not held against a still picture: it suffices that either fits.
+    ``flow``, (B, 2, H, W) or one vector per cell, full-resolution px, leads from a to b on a's
+    grid; None for no motion. Motion is not held against a still picture: it suffices that
+    either fits.
     """
     if _correlation(small_a, small_b) >= THRESHOLD:
         return True
     if flow is None:
         return False
-    height, width = flow.shape[-2:]
-    scale = flow.new_tensor([SMALL[1] / width, SMALL[0] / height]).view(1, 2, 1, 1)
-    small_flow = functional.adaptive_avg_pool2d(torch.nan_to_num(_thinned(flow)), SMALL)
-    return _correlation(small_a, warp(small_b, small_flow * scale)) >= THRESHOLD
+    if isinstance(flow, CellFlow):
+        (height, width), flow = flow.size, flow.flow
+    else:
+        height, width = flow.shape[-2:]
+    small_flow = _small(_thinned(flow).nan_to_num())
+    motion = torch.cat([small_flow[:, :1] * (SMALL[1] / width),
+                        small_flow[:, 1:] * (SMALL[0] / height)], dim=1)
+    return _correlation(small_a, warp(small_b, motion)) >= THRESHOLD
 
 
 def _thinned(values: Tensor) -> Tensor:
@@ -63,11 +73,25 @@ def _thinned(values: Tensor) -> Tensor:
     return values[..., ::step_y, ::step_x]
 
 
+def _small(values: Tensor) -> Tensor:
+    """Return ``values`` (B, C, H, W) as (B, C, 30, 40), each px the mean of its area."""
+    if values.device.type != 'cpu':
+        return functional.adaptive_avg_pool2d(values, SMALL)
+    # Not torch: its pooling wakes a second thread, which then spins on a core for milliseconds.
+    small = values.new_empty(*values.shape[:2], *SMALL, dtype=torch.float32)
+    planes = values.detach().float().contiguous().flatten(0, 1).numpy()
+    for plane, mean in zip(planes, small.flatten(0, 1).numpy()):
+        cv2.resize(plane, SMALL[::-1], dst=mean, interpolation=cv2.INTER_AREA)
+    return small
+
+
 def _correlation(a: Tensor, b: Tensor) -> float:
     """Return the correlation of two small images, 1 for two without contrast."""
-    a = a - a.mean()
-    b = b - b.mean()
-    contrast_a, contrast_b = (float(x.square().mean().sqrt()) for x in (a, b))
+    a = (a - a.mean()).flatten()
+    b = (b - b.mean()).flatten()
+    # At once, so that a GPU is waited for once.
+    of_a, of_b, common = torch.stack([a * a, b * b, a * b]).mean(dim=1).tolist()
+    contrast_a, contrast_b = math.sqrt(of_a), math.sqrt(of_b)
     if max(contrast_a, contrast_b) < _FLAT:
         return 1.0
-    return float((a * b).mean()) / max(contrast_a * contrast_b, _FLAT ** 2)
+    return float(common / max(contrast_a * contrast_b, _FLAT ** 2))

@@ -19,7 +19,14 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from flow_ros.networks.base import Features, FlowNetwork, FlowOutput, State, Step
+from flow_ros.networks.base import (
+    check_prior,
+    Features,
+    FlowNetwork,
+    FlowOutput,
+    State,
+    Step,
+)
 from flow_ros.ops.sampling import pad_to_multiple, resize_flow, warp
 
 
@@ -43,6 +50,8 @@ class BlockMatching(FlowNetwork):
 
     def start(self, features_a, features_b, *, prior_flow=None, iterations=None, call=None):
         count = self.default_iterations if iterations is None else iterations
+        if prior_flow is not None:
+            prior_flow = check_prior(prior_flow, features_a).full
         self.priors.append(prior_flow)
         levels = (16, 8) if prior_flow is None else (8,)
         coarse = features_a.tensors[0 if prior_flow is None else 1]

@@ -112,7 +112,7 @@ def test_a_stream_prior_is_what_the_estimator_starts_from(batch: Batch) -> None:
     assert past is not None
     samples = past.samples
     from flow_ros.streaming.warm_start import carry
-    expected = carry(samples, direction='forward')
+    expected = carry(samples, direction='forward').full
     network.train()
     before = {key: value.clone() for key, value in network.named_buffers()}
     prior = stream_prior(network, *frames, iterations=2)

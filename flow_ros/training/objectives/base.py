@@ -91,7 +91,7 @@ def stream_prior(network: FlowNetwork, previous: Tensor, image1: Tensor, *,
                              for values in (output.confidence, output.occlusion))
     samples = sample_flow(output.flow.float(), cell=min(step.level for step in state.done),
                           confidence=confidence, occlusion=occlusion)
-    return carry(samples, direction='forward')
+    return carry(samples, direction='forward').full
 
 
 def filled(flow: Tensor) -> Tensor:
