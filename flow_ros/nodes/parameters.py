@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # the table is read without ROS too: launch arguments, files
 
 Value = bool | int | float | str
 
-EARLY_STOP_PX = 0.0
+EARLY_STOP_PX = 0.5
 """The estimator's default."""
 
 BEGIN = '<!-- parameters -->'
@@ -125,8 +125,9 @@ PARAMETERS: tuple[Parameter, ...] = (
               "scales of mscsl (4); 0: the network's default. Fewer are faster, more are more "
               'exact. With budget `latency` and `rate` it is the most; 0: as many as the network '
               'ever needs.', 0, 100, 1),
-    Parameter('early_stop_px', EARLY_STOP_PX, 'A flow is done when the largest update of a step '
-              'is below this (px of the published size); 0: never before the budget ends.',
+    Parameter('early_stop_px', EARLY_STOP_PX, 'A level is done when the largest meaningful '
+              'update of a step is below this (px of the published size), so that a still scene '
+              'costs little; 0: never before the budget ends.',
               0.0, 100.0),
     Parameter('scale', 1.0, 'The images are made this much smaller first. Flow, confidence and '
               'occlusion have that size, and flow is in its px.', 0.05, 1.0),

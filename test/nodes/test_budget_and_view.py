@@ -45,7 +45,7 @@ def _defaults(world):
     """Give the node its defaults back after each test."""
     yield
     world.set(budget='iterations', latency_ms=100.0, iterations=0, scale=1.0, roi='',
-              early_stop_px=0.0)
+              early_stop_px=0.5)
 
 
 def film(world, last, count, size=SIZE):
@@ -63,7 +63,8 @@ def film(world, last, count, size=SIZE):
 
 def test_a_budget_of_time_loses_no_flow_and_tells_what_it_took(world):
     last = world.start_stream()
-    assert world.set(budget='latency', latency_ms=2000.0, iterations=3) == [(True, '')] * 3
+    assert world.set(budget='latency', latency_ms=2000.0, iterations=3,
+                     early_stop_px=0.0) == [(True, '')] * 4
     last, facts = film(world, last, 6)
     for fact in facts:
         assert float(fact['budget_ms']) == 2000.0
@@ -114,7 +115,7 @@ def test_a_rate_follows_a_camera_that_is_too_fast_for_all_iterations(world):
             time.sleep(0.1)
         return grown, after
 
-    assert world.set(iterations=30) == [(True, '')]
+    assert world.set(iterations=30, early_stop_px=0.0) == [(True, '')] * 2
     last = world.start_stream()
     _, facts = film(world, last, 3)
     period_s = 0.5e-3 * min(float(fact['latency_ms']) for fact in facts)
