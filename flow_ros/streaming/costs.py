@@ -42,6 +42,20 @@ class _Samples:
     window: 'deque[float]' = field(default_factory=lambda: deque(maxlen=_WINDOW))
     frame: int = 0
     reference: float | None = None
+    typical: float = 0.0
+    high: float = 0.0
+
+    def add(self, ms: float) -> None:
+        """Add a sample."""
+        self.window.append(ms)
+        recent = sorted(list(self.window)[-_RECENT:])
+        self.typical = recent[(len(recent) - 1) // 2]
+        window = sorted(self.window)
+        # The largest of a few is left out: it may be the first, which compiled.
+        rank = min(int(_HIGH * len(window)), max(len(window) - 2, 0))
+        self.high = max(window[rank], self.typical)
+        if len(window) < _FEW:
+            self.high = max(self.high, _UNSURE * self.typical)
 
 
 class CostBook:
@@ -62,10 +76,11 @@ class CostBook:
         if not (math.isfinite(ms) and ms >= 0):
             raise ValueError(f'a cost must be at least 0 ms and finite; seen {ms} for {act!r}')
         samples = self._acts.setdefault(act, _Samples())
-        samples.window.append(ms)
+        samples.add(ms)
         self._frame += act == REFERENCE
         samples.frame = self._frame
-        samples.reference = self._typical(REFERENCE)
+        reference = self._acts.get(REFERENCE)
+        samples.reference = reference.typical if reference is not None else None
 
     def knows(self, act: Hashable) -> bool:
         """Tell whether the act was ever done."""
@@ -73,33 +88,18 @@ class CostBook:
 
     def typical(self, act: Hashable) -> float | None:
         """Return what the act usually costs now, ms; None where it was never done."""
-        value = self._typical(act)
-        return None if value is None else value * self._change(act)
+        samples = self._acts.get(act)
+        return None if samples is None else samples.typical * self._change(samples)
 
     def high(self, act: Hashable) -> float | None:
         """Return what nine of ten times is enough, ms; None where it was never done."""
-        typical = self._typical(act)
-        if typical is None:
-            return None
-        window = sorted(self._acts[act].window)
-        # The largest of a few is left out: it may be the first, which compiled.
-        rank = min(int(_HIGH * len(window)), max(len(window) - 2, 0))
-        high = max(window[rank], typical)
-        if len(window) < _FEW:
-            high = max(high, _UNSURE * typical)
-        return high * self._change(act)
-
-    def _typical(self, act: Hashable) -> float | None:
         samples = self._acts.get(act)
-        if samples is None:
-            return None
-        recent = sorted(list(samples.window)[-_RECENT:])
-        return recent[(len(recent) - 1) // 2]
+        return None if samples is None else samples.high * self._change(samples)
 
-    def _change(self, act: Hashable) -> float:
+    def _change(self, samples: _Samples) -> float:
         """Return how the machine's speed changed since the act was last done, 1 if lately."""
-        samples = self._acts[act]
-        now = self._typical(REFERENCE)
-        if self._frame - samples.frame < _STALE or not samples.reference or not now:
+        reference = self._acts.get(REFERENCE)
+        if (self._frame - samples.frame < _STALE or not samples.reference or reference is None
+                or not reference.typical):
             return 1.0
-        return min(max(now / samples.reference, 1 / _MOST_CHANGE), _MOST_CHANGE)
+        return min(max(reference.typical / samples.reference, 1 / _MOST_CHANGE), _MOST_CHANGE)

@@ -77,19 +77,13 @@ def cost_of(acts: Sequence[TimedAct], book: CostBook) -> Cost | None:
     whole. An act that was never done is taken for as long as the one most like it: to be wrong
     once is how its cost is learnt.
     """
-    typical = variance = tail = 0.0
+    total = _Sum()
     for act in acts:
-        known = _likeliest(act, book)
-        if known is None:
+        one = _unit(act, book)
+        if one is None:
             return None
-        usual, high = book.typical(known), book.high(known)
-        assert usual is not None and high is not None
-        typical += usual
-        if isinstance(act, FinishAct):
-            tail += high - usual
-        else:
-            variance += (high - usual) ** 2
-    return Cost(typical=typical, safe=typical + math.sqrt(variance) + tail)
+        total = total.plus(one)
+    return total.cost
 
 
 def fitting(schedule: Sequence[Step], *, position: Position, book: CostBook,
@@ -101,43 +95,91 @@ def fitting(schedule: Sequence[Step], *, position: Position, book: CostBook,
     always in. Before anything is known it alone is. With ``rounds`` the levels get one of these
     counts each, all the same one.
     """
-    groups = _groups(schedule)
+    groups = [_Group(list(steps), book, entering=steps[0].level != position.level)
+              for steps in _groups(schedule)]
     if not groups:
         return ()
-    counts = [0] * len(groups)
-    start = position.done if groups[0][0].level == position.level else 0
-    if not position.done:
-        counts[0] = 1
+    had = [position.done if group.level == position.level else 0 for group in groups]
+    counts = [0 if position.done else 1, *(0 for _ in groups[1:])]
+    here = _unit(FinishAct(position.level), book)
 
     def fits(trial: list[int]) -> bool:
-        steps = _steps(groups, trial)
-        cost = cost_of(acts_of(steps, position), book)
-        return cost is not None and cost.safe <= available_ms
+        total, finish = _Sum(), here
+        for group, count in zip(groups, trial):
+            if count:
+                if group.first is None or group.more is None:
+                    return False
+                total = total.plus(group.first).plus(group.more, count - 1)
+                finish = group.finish
+        return finish is not None and total.plus(finish).cost.safe <= available_ms
 
-    most = [len(group) for group in groups]
-    for index in range(len(groups)):  # one each: a level is reached through all the coarser
-        if counts[index] or (index == 0 and start):
+    for index in range(len(groups)):  # a level is reached through all the coarser
+        if counts[index] or had[index]:
             continue
         trial = [*counts[:index], 1, *counts[index + 1:]]
         if not fits(trial):
             return _steps(groups, counts)
         counts = trial
+    limits = [len(group.steps) for group in groups]
+    if not rounds and fits(limits):
+        return tuple(schedule)
+    for count in rounds:
+        trial = [max(min(count - before, limit), 0) for before, limit in zip(had, limits)]
+        if fits(trial):
+            counts = trial
     if rounds:
-        for count in rounds:
-            trial = [min(count - (start if index == 0 else 0), limit)
-                     for index, limit in enumerate(most)]
-            if fits([max(value, 0) for value in trial]):
-                counts = [max(value, 0) for value in trial]
         return _steps(groups, counts)
-    for count in range(2, max(most) + start + 1):
-        for index, limit in enumerate(most):
-            had = start if index == 0 else 0
-            if counts[index] + had >= count or counts[index] >= limit:
+    full = [False] * len(groups)  # what had no room for one more has none later
+    for count in range(1, max(limits) + max(had) + 1):
+        for index, limit in enumerate(limits):
+            if full[index] or counts[index] + had[index] >= count or counts[index] >= limit:
                 continue
             trial = [*counts[:index], counts[index] + 1, *counts[index + 1:]]
             if fits(trial):
                 counts = trial
+            else:
+                full[index] = True
     return _steps(groups, counts)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Costs added up: the typical ones, the squared spreads of steps, those of outputs."""
+
+    typical: float = 0.0
+    variance: float = 0.0
+    tail: float = 0.0
+
+    def plus(self, other: '_Sum', times: int = 1) -> '_Sum':
+        return _Sum(self.typical + times * other.typical, self.variance + times * other.variance,
+                    self.tail + times * other.tail)
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(self.typical, self.typical + math.sqrt(self.variance) + self.tail)
+
+
+class _Group:
+    """The equal steps of a level, with the costs of the first, of each other, of the output."""
+
+    def __init__(self, steps: list[Step], book: CostBook, *, entering: bool) -> None:
+        self.steps = steps
+        self.level = steps[0].level
+        operator = steps[0].operator
+        self.first = _unit(StepAct(self.level, operator, entering), book)
+        self.more = _unit(StepAct(self.level, operator, False), book)
+        self.finish = _unit(FinishAct(self.level), book)
+
+
+def _unit(act: TimedAct, book: CostBook) -> _Sum | None:
+    known = _likeliest(act, book)
+    if known is None:
+        return None
+    typical, high = book.typical(known), book.high(known)
+    assert typical is not None and high is not None
+    if isinstance(act, FinishAct):
+        return _Sum(typical, 0.0, high - typical)
+    return _Sum(typical, (high - typical) ** 2, 0.0)
 
 
 def _groups(schedule: Sequence[Step]) -> list[list[Step]]:
@@ -150,8 +192,8 @@ def _groups(schedule: Sequence[Step]) -> list[list[Step]]:
     return groups
 
 
-def _steps(groups: list[list[Step]], counts: list[int]) -> tuple[Step, ...]:
-    return tuple(step for group, count in zip(groups, counts) for step in group[:count])
+def _steps(groups: list[_Group], counts: list[int]) -> tuple[Step, ...]:
+    return tuple(step for group, count in zip(groups, counts) for step in group.steps[:count])
 
 
 def _likeliest(act: TimedAct, book: CostBook) -> TimedAct | None:
