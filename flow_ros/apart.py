@@ -15,7 +15,8 @@
 """Runs work in a process of its own, which tells by lines of JSON how it goes.
 
 For what may crash, take all memory, or hold Python's lock for seconds while this process has
-frames to serve. The other process ends with this one, however this one ends.
+frames to serve. The other process ends with this one, however this one ends; what it has started
+itself ends with it, where it is ended from here.
 """
 
 from collections.abc import Callable, Mapping
@@ -77,7 +78,7 @@ def run_apart(module: str, job: Mapping[str, Any], *, on_message: Callable[[Mess
             except subprocess.TimeoutExpired as error:
                 raise ChildDied('it has closed its output') from error
         finally:
-            process.kill()
+            _end_group(process)
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
@@ -163,6 +164,16 @@ def _how(status: int, errors: IO[bytes]) -> str:
     name = signal.Signals(-status).name
     memory = ' (the system ends processes so when memory is short)' if name == 'SIGKILL' else ''
     return f'it was ended by {name}{memory}{last}'
+
+
+def _end_group(process: 'subprocess.Popen[str]') -> None:
+    """End the process and what it has started itself, which is in the session made for it."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # all have ended
+    except PermissionError:
+        process.kill()  # macOS says so of a group that has ended in part
 
 
 def _close(pipe: IO[str]) -> None:

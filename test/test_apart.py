@@ -15,6 +15,8 @@
 """Work in a process of its own: what it tells, and the ways it can end."""
 
 import os
+from pathlib import Path
+import signal
 import sys
 import textwrap
 import time
@@ -24,7 +26,7 @@ import pytest
 from flow_ros.apart import ChildDied, run_apart
 
 WORKERS = """
-    import ctypes, multiprocessing, os, signal, sys, time
+    import ctypes, multiprocessing, os, signal, subprocess, sys, time
     from flow_ros.apart import serve_job
 
     def work(job, tell):
@@ -45,6 +47,9 @@ WORKERS = """
             forked.start()
             forked.join(20)
             tell({'exit': forked.exitcode})
+        if job['way'] == 'starts':  # something that does not end by itself
+            tell({'started': subprocess.Popen([sys.executable, '-c', 'while True: pass']).pid})
+            time.sleep(60)
         if job['way'] == 'cut':
             os.write(3, b'{"text": "half a mess')
             os.kill(os.getpid(), signal.SIGKILL)
@@ -132,3 +137,24 @@ def test_it_ends_with_the_one_that_started_it(workers, tmp_path, way) -> None:
 def test_what_forks_in_the_other_process_does_not_hang(workers):
     """The thread that waits for the end of this process holds no lock that a fork would need."""
     assert run(workers, 'forks')[-1] == {'exit': 0}
+
+
+def test_what_the_other_process_has_started_ends_with_it(workers) -> None:
+    told: list[dict] = []
+    run_apart(workers, {'way': 'starts'}, go_on=lambda: True,
+              on_message=lambda message: not told.append(message) and 'started' not in message)
+    pid = told[-1]['started']
+    for _ in range(100):
+        if not runs(pid):
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    raise AssertionError('it goes on')
+
+
+def runs(pid: int) -> bool:
+    """Return whether a process runs; one that nobody has waited for does not."""
+    try:
+        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] not in 'ZX'
+    except OSError:
+        return False
