@@ -65,8 +65,10 @@ def make_pairs(*, folder: str, count: int, width: int, height: int, tell: Tell =
     from flow_ros.synthetic.camera import develop
     from flow_ros.synthetic.world import World, WorldConfig
 
-    world = World(seed=seed, config=WorldConfig(objects=(2, 9), largest_motion_px=80.0,
-                                                driving=0.35, flying=0.15))
+    # Fewer textures than for training: drawing them would take longer than the pairs.
+    world = World(seed=seed, config=WorldConfig(
+        objects=(2, 9), largest_motion_px=80.0, driving=0.35, flying=0.15,
+        surfaces=min(96, 4 * count), bank_objects=min(192, 8 * count)))
     for index in range(count):
         tell(f'drawing pair {index + 1} of {count}')
         clip = world.clip(index, batch=1, size=(height, width), frames=2)

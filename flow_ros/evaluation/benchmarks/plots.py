@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 Content = Mapping[str, Any]
 
-DPI = 110
+DPI = 100
+_FIRST = ('dip_rt', 'hd3_compact', 'mscsl', 'dip')
 _COLOURS = ('#1f6fb4', '#d1495b', '#2a9d5c', '#8d5fb0', '#b07a1a', '#4a4e57', '#1aa0a8')
 _DIS = '#222222'
 _STYLES: Mapping[tuple[str, str], tuple[str, str]] = {
@@ -52,7 +53,8 @@ def draw_all(found: Mapping[str, Content], folder: Path) -> list[str]:
     for part, draw in drawers.items():
         figure = draw(found[part]['results']) if part in found else None
         if figure is not None:
-            figure.savefig(folder / f'{part}.png', dpi=DPI, format='png')
+            figure.savefig(folder / f'{part}.png', dpi=DPI, format='png',
+                           pil_kwargs={'optimize': True})
             drawn.append(f'{part}.png')
     return drawn
 
@@ -64,6 +66,7 @@ def accuracy(rows: Sequence[Row]) -> 'Figure | None':
     figure = _figure(10.0, 4.9)
     colours = _colours(rows)
     plots = figure.subplots(1, 2)
+    named: set[tuple[str, str]] = set()
     for plot, measure, title in zip(plots, ('epe', 'fl_all'), (
             'end-point error, px', 'Fl-all: pixels off by 3 px and 5 %, %')):
         for name, group in _groups(rows, ('network', 'runtime', 'precision')):
@@ -72,7 +75,8 @@ def accuracy(rows: Sequence[Row]) -> 'Figure | None':
                 continue
             _line(plot, [row['ms'] for row in known], [row[measure] for row in known],
                   name, colours)
-            if name[2] == 'f32':  # once is enough to read them by
+            if (name[0], measure) not in named:  # once is enough to read them by
+                named.add((name[0], measure))
                 for row in (known[0], known[-1]):
                     plot.annotate(str(row['iterations']), (row['ms'], row[measure]),
                                   xytext=(4, 5), textcoords='offset points', fontsize=8,
@@ -84,7 +88,7 @@ def accuracy(rows: Sequence[Row]) -> 'Figure | None':
             for row in dis:
                 plot.annotate(row['network'].removeprefix('dis_'), (row['ms'], row[measure]),
                               xytext=(4, 5), textcoords='offset points', fontsize=8, color=_DIS)
-        plot.set_xscale('log')
+        _log_axis(plot, 'x', [row['ms'] for row in rows])
         plot.set_ylim(bottom=0)
         _label(plot, 'time per pair from a cold start, ms', title)
     _legend(figure, plots[0], 'Accuracy against time; numbers are budgets')
@@ -95,12 +99,12 @@ def times(rows: Sequence[Row]) -> 'Figure | None':
     """Return the median time of a frame against the resolution."""
     if not rows:
         return None
-    figure = _figure(8.0, 5.2)
+    figure = _figure(9.5, 5.2)
     plot = figure.subplots()
     _by_resolution(plot, rows, 'ms_p50', logarithmic=True)
     for rate in (10, 30):
         plot.axhline(1e3 / rate, color='#999999', linewidth=0.8, zorder=0)
-        plot.annotate(f'{rate} frames/s', (0.995, 1e3 / rate), va='bottom', ha='right',
+        plot.annotate(f'{rate} frames/s', (1.005, 1e3 / rate), va='center', ha='left',
                       xycoords=('axes fraction', 'data'), fontsize=8, color='#666666')
     _label(plot, 'resolution, px', 'time per frame, ms (median)')
     _legend(figure, plot, 'Time by resolution, on a stream')
@@ -108,14 +112,17 @@ def times(rows: Sequence[Row]) -> 'Figure | None':
 
 
 def memory(rows: Sequence[Row]) -> 'Figure | None':
-    """Return the peak memory against the resolution, with a line of what is linear in pixels."""
+    """Return the peak memory against the pixels: what is linear in them is a straight line."""
     known = [row for row in rows if row.get('peak_mb') is not None]
     if not known:
         return None
-    figure = _figure(8.0, 5.2)
+    figure = _figure(9.5, 5.6)
     plot = figure.subplots()
-    _by_resolution(plot, known, 'peak_mb', logarithmic=True)
-    _label(plot, 'resolution, px', 'peak memory above the loaded process, MB')
+    _by_resolution(plot, known, 'peak_mb', logarithmic=False)
+    plot.set_ylim(bottom=0)
+    plot.set_xlim(left=0)
+    _label(plot, 'resolution, px (the axis is linear in pixels)',
+           'peak memory above the loaded process, MB')
     _legend(figure, plot, 'Memory by resolution')
     return figure
 
@@ -143,16 +150,16 @@ def budgets(rows: Sequence[Row]) -> 'Figure | None':
             plot.vlines(place, [row['ms_p50'] for row in group],
                         [row['ms_p99'] for row in group], color=colours[name], linewidth=1.4)
             plot.plot(place, [row['ms_p50'] for row in group], 'o', color=colours[name],
-                      markersize=5, label=f'{name}, p50')
+                      markersize=5, label=name)
             plot.plot(place, [row['ms_p99'] for row in group], '_', color=colours[name],
-                      markersize=10, markeredgewidth=2, label=f'{name}, p99')
+                      markersize=10, markeredgewidth=2)
         plot.set_xscale('log')
-        plot.set_yscale('log')
         _ticks(plot.xaxis, asked, [f'{ms:g}' for ms in asked])
-        _ticks(plot.yaxis, asked, [f'{ms:g}' for ms in asked])
+        _log_axis(plot, 'y', [*asked, *(row[name] for row in rows
+                                        for name in ('ms_p50', 'ms_p99'))])
         plot.set_title(title, fontsize=10)
         _label(plot, 'time asked for, ms', 'time taken, ms')
-    _legend(figure, plots[0], 'Budget asked, budget kept')
+    _legend(figure, plots[0], 'Budget asked, budget kept: median (dot) and 99th percentile (bar)')
     return figure
 
 
@@ -166,18 +173,20 @@ def _by_resolution(plot: 'Axes', rows: Sequence[Row], measure: str, *,
             _line(plot, [_pixels(row['size']) for row in known],
                   [row[measure] for row in known], name, colours)
     sizes = sorted({row['size'] for row in rows}, key=_pixels)
-    plot.set_xscale('log')
     if logarithmic:
-        plot.set_yscale('log')
-        plot.yaxis.set_major_formatter(_plain_number)
+        plot.set_xscale('log')
+        _log_axis(plot, 'y', [row[measure] for row in rows if row.get(measure) is not None])
     _ticks(plot.xaxis, [_pixels(size) for size in sizes], sizes)
+    if not logarithmic:
+        plot.tick_params(axis='x', rotation=40)
 
 
 def _line(plot: 'Axes', x: Sequence[float], y: Sequence[float], name: tuple[str, ...],
           colours: Mapping[str, str]) -> None:
     network, runtime, precision = name
     marker, style = _STYLES.get((runtime, precision), ('x', '-'))
-    label = network if runtime == 'opencv' else f'{network}, {runtime} {precision}'
+    label = (f'DIS, {network.removeprefix("dis_")}' if runtime == 'opencv'
+             else f'{network}, {runtime} {precision}')
     plot.plot(x, y, marker=marker, linestyle=style, color=colours[network], linewidth=1.5,
               markersize=5, label=label)
 
@@ -198,11 +207,29 @@ def _label(plot: 'Axes', x: str, y: str) -> None:
 
 
 def _legend(figure: 'Figure', plot: 'Axes', title: str) -> None:
-    """Put the legend below all plots, where it covers nothing."""
+    """Put the legend below all plots, where it covers nothing; a column is a network."""
     handles, labels = plot.get_legend_handles_labels()
+    networks = list(dict.fromkeys(label.partition(',')[0] for label in labels))
+    order = sorted(range(len(labels)),
+                   key=lambda index: (networks.index(labels[index].partition(',')[0]), index))
     figure.suptitle(title, fontsize=12)
-    figure.legend(handles, labels, loc='outside lower center', ncols=3, fontsize=8,
+    figure.legend([handles[index] for index in order], [labels[index] for index in order],
+                  loc='outside lower center', ncols=min(len(networks), 5), fontsize=8,
                   frameon=False)
+
+
+def _log_axis(plot: 'Axes', axis: str, values: Sequence[float]) -> None:
+    """Make an axis logarithmic, with plain numbers at 1, 2 and 5 of each power of ten."""
+    low, high = min(values), max(values)
+    places = [step * 10.0 ** power for power in range(-4, 9) for step in (1, 2, 5)]
+    below = max([place for place in places if place <= low], default=low)
+    above = min([place for place in places if place >= high], default=high)
+    inside = [place for place in places if below <= place <= above]
+    if axis == 'x':
+        plot.set_xscale('log')
+    else:
+        plot.set_yscale('log')
+    _ticks(plot.xaxis if axis == 'x' else plot.yaxis, inside, [f'{place:g}' for place in inside])
 
 
 def _ticks(axis: Any, places: Iterable[float], labels: Sequence[str]) -> None:
@@ -213,14 +240,11 @@ def _ticks(axis: Any, places: Iterable[float], labels: Sequence[str]) -> None:
     axis.set_ticks(list(places), list(labels))
 
 
-def _plain_number(value: float, _: object = None) -> str:
-    return f'{value:g}'
-
-
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """Return a colour per network, the same whatever else is drawn; DIS is dark."""
-    names = list(dict.fromkeys(row['network'] for row in rows))
-    networks = [name for name in names if not name.startswith('dis_')]
+    """Return a colour per network: the same in every plot for those that are shipped."""
+    names = sorted({row['network'] for row in rows})
+    networks = [*_FIRST, *(name for name in names
+                           if name not in _FIRST and not name.startswith('dis_'))]
     colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(networks)}
     greys = {'dis_ultrafast': '#aaaaaa', 'dis_fast': '#777777', 'dis_medium': _DIS}
     return colours | {name: greys.get(name, _DIS) for name in names if name not in colours}

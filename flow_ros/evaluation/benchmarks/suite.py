@@ -42,6 +42,11 @@ SHARES: Mapping[str, float] = {'accuracy': 0.4, 'time': 0.5, 'memory': 0.5, 'bud
 WARM_ITERATIONS = 2
 """Per level, of networks that iterate: what a warm start needs."""
 
+SHORTEST_S = 60.0
+"""What is begun may take so long, whatever is left."""
+_FEWEST_FRAMES = 6
+"""Of a measurement: warm-up and those that are measured however long they take."""
+
 Run = Callable[..., dict[str, Any]]
 
 
@@ -87,9 +92,9 @@ class Plan:
 class Measurement:
     """One entry of a part: its name for people, its kind and arguments for ``run_child``.
 
-    ``heavier_than`` names an earlier one and how many times more work this is: where that
-    one's time says that this does not fit any more, it is left out. ``rows`` says that the
-    answer holds several rows.
+    ``heavier_than`` names an earlier one and how many times more work a frame of this is: where
+    that one's time says that this does not fit any more, it is left out. ``rows`` says that
+    the answer holds several rows.
     """
 
     name: str
@@ -171,7 +176,7 @@ def run_part(part: str, plan: Plan, folder: Path, *, limit_s: float,
     """
     result = PartResult(part)
     todo = list(measurements(part, plan, folder))
-    took: dict[str, float] = {}
+    took: dict[str, tuple[float, float | None]] = {}  # seconds in all, ms per frame
     begin = time.monotonic()
     for number, each in enumerate(todo):
         left = limit_s - (time.monotonic() - begin)
@@ -182,7 +187,7 @@ def run_part(part: str, plan: Plan, folder: Path, *, limit_s: float,
             continue
         start = time.monotonic()
         try:
-            answer = run(each.kind, each.arguments, limit_s=max(left, 30.0),
+            answer = run(each.kind, each.arguments, limit_s=max(left, SHORTEST_S),
                          on_progress=lambda text, number=number, each=each: on_progress(
                              number, len(todo), f'{each.name}: {text}'))
         except Refused as error:
@@ -191,7 +196,7 @@ def run_part(part: str, plan: Plan, folder: Path, *, limit_s: float,
             result.failed += 1
             result.left_out.append({'what': each.name, 'why': f'failed: {error}'})
         else:
-            took[each.name] = time.monotonic() - start
+            took[each.name] = time.monotonic() - start, answer.get('ms_p50')
             if each.rows:
                 result.results += answer['rows']
             elif each.kind == 'pairs':
@@ -251,14 +256,19 @@ def _plain(row: Any) -> dict[str, Any]:
     return asdict(row) if is_dataclass(row) and not isinstance(row, type) else dict(row)
 
 
-def _no_time(each: Measurement, took: Mapping[str, float], left: float) -> str:
+def _no_time(each: Measurement, took: Mapping[str, tuple[float, float | None]],
+             left: float) -> str:
     """Return why a measurement is left out for want of time, '' where there is time."""
     if left <= 0:
         return 'no time was left: more with --minutes'
-    if each.heavier_than is not None:
+    if each.heavier_than is not None and each.heavier_than[0] in took:
         name, times = each.heavier_than
-        if name in took and took[name] * times > left:
-            return f'it would take about {took[name] * times:.0f} s: more with --minutes'
+        seconds, frame_ms = took[name]
+        # Most of a measurement is the start of its process and its engines.
+        expected = (seconds * times if frame_ms is None
+                    else seconds + _FEWEST_FRAMES * frame_ms * times / 1e3)
+        if expected > max(left, SHORTEST_S):
+            return f'it would take about {expected:.0f} s: more with --minutes'
     return ''
 
 
