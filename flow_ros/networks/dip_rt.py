@@ -135,6 +135,21 @@ class ConvNorm(nn.Sequential):
         super().__init__(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False),
                          nn.BatchNorm2d(outputs))
 
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H/stride, W/stride)."""
+        conv, norm = self
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        assert norm.running_mean is not None and norm.running_var is not None
+        if self.training or not runs_on_cpu(x, conv.weight):
+            result: Tensor = norm(conv(x))
+            return result
+        # The norm of the weights instead of the map: a pass over it less, a tenth of the encoder
+        # in torch. Compilers do that themselves.
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        return functional.conv2d(x, conv.weight * scale[:, None, None, None],
+                                 norm.bias - norm.running_mean * scale, conv.stride,
+                                 conv.padding)
+
 
 class Residual(nn.Module):
     """Two 3x3 convolutions and a shortcut."""

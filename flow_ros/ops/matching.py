@@ -158,7 +158,7 @@ def _search_by_lists(features_a: Tensor, warped_b: Tensor, radius: int, padding:
     side, (rows, columns) = 2 * radius + 1, _tile(radius)
     pixels, window = rows * columns, (rows + 2 * radius) * (columns + 2 * radius)
     own, others, back = _lists(height, width, radius, padding == 'border')
-    a = (features_a * (1 / channels)).permute(0, 2, 3, 1).reshape(batch, -1, channels)
+    a = features_a.permute(0, 2, 3, 1).reshape(batch, -1, channels) * (1 / channels)
     b = warped_b.permute(0, 2, 3, 1).reshape(batch, -1, channels)
     if padding != 'border':
         b = torch.cat([b, b.new_zeros((batch, 1, channels))], dim=1)  # what is outside

@@ -29,12 +29,14 @@ from numpy.typing import NDArray
 import openvino
 from openvino.frontend import FrontEndManager
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+from openvino.preprocess import PrePostProcessor
 import torch
 from torch import nn, Tensor
 
 from flow_ros.networks.base import FlowNetwork, FlowOutput, State
 from flow_ros.runtimes.base import Control, EngineFault, Lap, run_loop
 from flow_ros.runtimes.cache import cache_directory
+from flow_ros.runtimes.openvino_convolutions import save_products, with_channels_last
 
 _MOST_ENGINES = 32
 """Of a stream that changes its size again and again, the oldest engines are given up."""
@@ -42,9 +44,13 @@ _MOST_ENGINES = 32
 _MOST_PIECES = 4
 """Of memory for one output that wait to be used again: a stream holds two or three at a time."""
 
+_LEAST_CHANNELS = 8
+"""Of results that are handed on channels last."""
+
 _log = logging.getLogger(__name__)
 
-Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+Signature = tuple[tuple[tuple[int, ...], torch.dtype, bool], ...]
+"""Shape, type, and whether a tensor lies in memory pixel by pixel (channels last)."""
 
 
 class OpenVinoRuntime:
@@ -52,10 +58,11 @@ class OpenVinoRuntime:
 
     An engine is compiled when it is first called with a shape (seconds); the compiled model
     goes to the folder ``cache`` (default: ``cache_directory()``). Tensors are handed over
-    without a copy where they are contiguous, and no call writes into memory of results that
-    anybody still holds, so no act copies what the one before it computed; memory that nobody
-    holds any more is used again. The network's parameters take no gradients afterwards. Threads
-    may share a runtime: they take turns at each engine.
+    without a copy where they are contiguous or channels last, as features are that it returns;
+    and no call writes into memory of results that anybody still holds, so no act copies what
+    the one before it computed. Memory that nobody holds any more is used again. The network's
+    parameters take no gradients afterwards. Threads may share a runtime: they take turns at
+    each engine.
 
     ``arithmetic`` is what convolutions and products are computed in: 'f32', or, with precision
     'fast', what OpenVINO finds fastest here ('bf16' where the CPU has it, 'f16' on some ARM,
@@ -89,7 +96,8 @@ class OpenVinoRuntime:
 
     def call(self, engine: str, /, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Run one engine, compiling it first where this shape is new."""
-        key = (engine, tuple((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
+        key = (engine, tuple((tuple(tensor.shape), tensor.dtype, _lies_by_pixel(tensor))
+                             for tensor in tensors))
         compiled = self._known(key)
         if compiled is None:
             with self._one_compile:  # others' engines go on meanwhile
@@ -133,9 +141,11 @@ class OpenVinoRuntime:
             raise RuntimeError(f'{self.network.name} {engine!r} returns one of its inputs: leave '
                                f'it out, the caller has it')
         count = len(model.outputs)
+        by_pixel = [_is_features(port) for port in model.outputs]
+        model = _laid_out(model, [_lies_by_pixel(tensor) for tensor in tensors], by_pixel)
         if self.arithmetic != 'f32':
             _keep_coordinates(model)
-        return _Engine(self._core.compile_model(model, 'CPU', self._config), count)
+        return _Engine(self._core.compile_model(model, 'CPU', self._config), count, by_pixel)
 
 
 class _EngineModule(nn.Module):
@@ -156,14 +166,15 @@ class _EngineModule(nn.Module):
 class _Engine:
     """A compiled engine, its one request, and its first ``count`` outputs."""
 
-    def __init__(self, compiled: Any, count: int) -> None:
+    def __init__(self, compiled: Any, count: int, by_pixel: list[bool]) -> None:
         self._request = compiled.create_infer_request()
         self._lock = threading.Lock()  # what is bound is the request's
+        self._by_pixel = by_pixel  # the outputs that are channels last
         self._outputs = [_Memory(tuple(port.shape), _torch_type(port.element_type.to_dtype()))
                          for port in compiled.outputs[:count]]
 
     def run(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        inputs = [tensor.detach().contiguous() for tensor in tensors]  # alive until infer ends
+        inputs = [_as_it_lies(tensor.detach()) for tensor in tensors]  # alive until infer ends
         with self._lock:
             for index, tensor in enumerate(inputs):
                 self._request.set_input_tensor(index, _shared(tensor))
@@ -176,7 +187,8 @@ class _Engine:
                 self._request.infer()
             except RuntimeError as error:
                 raise EngineFault(f'OpenVINO failed: {str(error).strip()}') from error
-        return tuple(outputs)
+        return tuple(tensor.permute(0, 3, 1, 2) if by_pixel else tensor
+                     for tensor, by_pixel in zip(outputs, self._by_pixel))
 
 
 @dataclass
@@ -260,6 +272,39 @@ def _keep_coordinates(model: Any) -> None:
                 found[source.get_node().get_friendly_name(), source.get_index()] = source
     if found:
         model.add_outputs(list(found.values()))
+
+
+def _is_features(port: Any) -> bool:
+    """Return True for what is handed on channels last, as OpenVINO's convolutions leave it."""
+    shape = port.get_partial_shape()
+    return (len(shape) == 4 and shape.is_static
+            and shape[1].get_length() >= _LEAST_CHANNELS)
+
+
+def _lies_by_pixel(tensor: Tensor) -> bool:
+    return (tensor.ndim == 4 and not tensor.is_contiguous()
+            and tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` with its dimensions in the order of its memory, contiguous."""
+    if _lies_by_pixel(tensor):
+        return tensor.permute(0, 2, 3, 1)
+    return tensor.contiguous()
+
+
+def _laid_out(model: Any, inputs: list[bool], outputs: list[bool]) -> Any:
+    """Return ``model`` with those inputs and outputs (B, H, W, C) in memory that are True."""
+    builder = PrePostProcessor(model)
+    for index, by_pixel in enumerate(inputs):
+        if by_pixel:
+            builder.input(index).tensor().set_layout(openvino.Layout('NHWC'))
+            builder.input(index).model().set_layout(openvino.Layout('NCHW'))
+    for index, by_pixel in enumerate(outputs):
+        if by_pixel:
+            builder.output(index).model().set_layout(openvino.Layout('NCHW'))
+            builder.output(index).tensor().set_layout(openvino.Layout('NHWC'))
+    return builder.build() if any(inputs) or any(outputs) else model
 
 
 def _source(output: Any) -> str:

@@ -138,6 +138,114 @@ def test_tensors_go_from_act_to_act_without_a_copy():
     torch.testing.assert_close(flow, before + 1)
 
 
+def test_memory_that_nobody_holds_is_used_again():
+    """A stream in its steady state takes no new memory for what its engines return."""
+    runtime = create_runtime('openvino', create('dip_rt', 'default'), threads=1)
+    network = runtime.network
+    torch.manual_seed(0)
+    images = [255 * torch.rand(1, 3, 64, 96) for _ in range(3)]
+    seen = []
+    old = network.encode(images[0], call=runtime.call)
+    for turn in range(12):
+        new = network.encode(images[turn % 3], call=runtime.call)
+        state, output = runtime.loop(network.start(
+            old, new, prior_flow=torch.zeros(1, 2, 64, 96), iterations=2))
+        seen.append({tensor.untyped_storage().data_ptr() for tensor in (
+            *new.tensors, *state.memory, state.flow, output.flow, output.confidence)})
+        old = new
+        del state, output, new
+    first, later = set().union(*seen[:4]), set().union(*seen[4:])
+    assert later <= first
+
+
+def test_results_that_somebody_holds_are_never_overwritten():
+    """Neither a tensor, nor a view of it, nor its array: whichever is left alone."""
+    runtime = create_runtime('openvino', Parts(), threads=1)
+    torch.manual_seed(0)
+    keep = [lambda t: t, lambda t: t[:, 1:2, 3:], lambda t: t.numpy(), lambda t: t.numpy()[0, 1],
+            lambda t: t.detach().permute(0, 2, 3, 1), lambda t: torch.from_dlpack(t)]
+    held = []
+    for turn in range(40):
+        features, _ = runtime.call('encode', torch.rand(1, 3, 16, 24))
+        kept = keep[turn % len(keep)](features)
+        del features
+        if turn % 3:
+            held.append((kept, torch.as_tensor(kept).clone()))
+        if turn % 7 == 0:
+            del held[:2]
+    assert len(held) > 10
+    for kept, copy in held:
+        assert torch.equal(torch.as_tensor(kept), copy)
+    engine, = runtime._engines.values()
+    assert all(len(memory._pieces) <= 4 for memory in engine._outputs)
+
+
+def test_results_held_by_one_thread_are_not_touched_by_another():
+    runtime = create_runtime('openvino', Parts(), threads=1)
+    runtime.call('encode', torch.rand(1, 3, 16, 24))
+    wrong = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        held = []
+        for _ in range(60):
+            features, _ = runtime.call('encode', torch.rand(1, 3, 16, 24, generator=generator))
+            held.append((features[:, :2], features[:, :2].clone()))
+            if len(held) > 5:
+                del held[int(torch.randint(5, (), generator=generator))]
+            wrong.extend(1 for kept, copy in held if not torch.equal(kept, copy))
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+class Wide(FlowNetwork):
+    """With features of enough channels to be handed on channels last."""
+
+    name = 'wide'
+    engines = ('encode', 'step')
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.next = nn.Conv2d(16, 2, 3, padding=1)
+
+    def encode_engine(self, image):
+        features = self.conv(image)
+        return features, features[:, :2] * 2
+
+    def step_engine(self, features):
+        return (self.next(features),)
+
+
+def test_tensors_are_taken_and_returned_as_they_lie():
+    """Channels last or not: the same numbers, and no copy where memory is one piece."""
+    runtime = create_runtime('openvino', Wide(), threads=1)
+    image = torch.rand(1, 3, 12, 20)
+    by_pixel = image.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        wanted, = runtime.network.engine('step', runtime.network.engine('encode', image)[0])
+    for given in (image, by_pixel):
+        features, few = runtime.call('encode', given)
+        assert features.shape == (1, 16, 12, 20)
+        assert features.is_contiguous(memory_format=torch.channels_last)
+        assert few.is_contiguous()
+        for form in (features, features.contiguous(), features[:, :, ::1].clone()):
+            flow, = runtime.call('step', form)
+            torch.testing.assert_close(flow, wanted, rtol=1e-4, atol=1e-4)
+    requests = {key: engine._request for key, engine in runtime._engines.items()}
+    assert len(requests) == 4  # two of each, one for each way that its input lay
+    request = next(value for (name, ((_, _, pixels),)), value in requests.items()
+                   if name == 'encode' and pixels)
+    runtime.call('encode', by_pixel)
+    assert address(request.get_input_tensor(0)) == by_pixel.data_ptr()
+
+
 @pytest.mark.parametrize('threads', [1, 2])
 def test_threads_are_those_asked_for(threads):
     runtime = create_runtime('openvino', Parts(), threads=threads)
