@@ -269,7 +269,11 @@ def run_node(name: str, topics: Sequence[str]) -> None:
     for _ in sys.stdin:
         say(watch.take() if watch is not None else {})
     executor.shutdown(5.0)
-    node.close() if name != 'floor' else node.destroy_node()
+    spinner.join(5.0)
+    if name == 'floor':
+        node.destroy_node()
+    else:
+        node.close()
     rclpy.try_shutdown()
 
 
@@ -304,6 +308,8 @@ def run_consumer(topics: Sequence[str]) -> None:
         del came[:len(taken)]
         say(taken)
     executor.shutdown(5.0)
+    spinner.join(5.0)
+    node.destroy_node()
     rclpy.try_shutdown()
 
 
