@@ -15,13 +15,16 @@
 """Time per frame of a network on a stream: encode once, two warm iterations, one upsampling.
 
     python bench/stream_time.py [--network dip_rt] [--size 640x480] [--json FILE]
+    python bench/stream_time.py --source FOLDER_OR_VIDEO --runtime openvino
 
-The frames are a synthetic stream, every one fresh. Weights do not change the time: where a
+The frames are a synthetic stream or those of a source, scaled to the size; every one is fresh,
+and every step of the budget is done (no early stop). Weights do not change the time: where a
 network has none, seeded random ones are used, and said. Run it on a machine that does nothing
 else: the rows are the median and the 10 % and 90 % quantiles over the frames.
 """
 
 import argparse
+from itertools import islice
 import json
 from pathlib import Path
 import platform
@@ -34,7 +37,7 @@ from flow_ros.networks import create, WeightsError
 from flow_ros.networks.base import FlowNetwork
 from flow_ros.runtimes import create_runtime, RuntimeUnavailable
 from flow_ros.runtimes.handover import best_runtime
-from flow_ros.sources import parse_size
+from flow_ros.sources import open_source, parse_size
 from flow_ros.streaming import Budget, FlowEstimator
 from flow_ros.synthetic import SyntheticSequence
 
@@ -51,6 +54,14 @@ def network_for_timing(name: str) -> FlowNetwork:
         return create(name)
 
 
+def load_frames(source: str, size: tuple[int, int], count: int) -> list[np.ndarray]:
+    """Return up to ``count`` frames of ``size`` (width, height): of a source, or synthetic."""
+    if source == 'synthetic':
+        stream = SyntheticSequence(*size, seed=0)
+        return [stream.frame(k).image for k in range(count)]
+    return [frame.image for frame in islice(open_source(source, size=size, loop=False), count)]
+
+
 def measure(runtime: str, precision: str, options: argparse.Namespace,
             frames: list[np.ndarray]) -> dict[str, object]:
     """Time one runtime over the frames."""
@@ -59,6 +70,7 @@ def measure(runtime: str, precision: str, options: argparse.Namespace,
                                        threads=options.threads, precision=precision),
                         height, width)
     estimator = FlowEstimator(runtime=made, budget=Budget(iterations=options.iterations))
+    estimator.early_stop_px = 0.0
     estimator.prepare(height, width)
     total, acts, cold = [], [], 0
     for index, frame in enumerate(frames):
@@ -76,6 +88,7 @@ def measure(runtime: str, precision: str, options: argparse.Namespace,
     return {'network': options.network, 'runtime': runtime, 'precision': precision,
             'device': str(made.device),
             'size': f'{width}x{height}', 'iterations': options.iterations, 'warm': cold == 0,
+            'source': Path(options.source).name,
             'ms_p10': low, 'ms_p50': median, 'ms_p90': high, 'fps': 1e3 / median}
 
 
@@ -83,6 +96,8 @@ def main() -> None:
     """Time every runtime of this machine."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--network', default='dip_rt')
+    parser.add_argument('--runtime', choices=('torch', 'openvino'), help='only this one')
+    parser.add_argument('--source', default='synthetic', help='a folder of images or a video')
     parser.add_argument('--size', default='640x480', help='WIDTHxHEIGHT')
     parser.add_argument('--iterations', type=int, default=2, help='per level')
     parser.add_argument('--frames', type=int, default=40)
@@ -90,8 +105,7 @@ def main() -> None:
     parser.add_argument('--json', type=Path)
     options = parser.parse_args()
     width, height = parse_size(options.size)
-    stream = SyntheticSequence(width, height, seed=0)
-    frames = [stream.frame(k).image for k in range(options.frames)]
+    frames = load_frames(options.source, (width, height), options.frames)
     print(f'{options.network}, {width}x{height}, warm, {options.iterations} iterations per '
           f'level, {options.threads} threads, {platform.machine()}, torch {torch.__version__}')
     ways = [('torch', 'f32'), ('openvino', 'f32'), ('openvino', 'fast')]
@@ -99,6 +113,7 @@ def main() -> None:
         print(f'torch on {torch.cuda.get_device_name()}')
         ways.insert(1, ('torch', 'fast'))
     rows = []
+    ways = [way for way in ways if options.runtime in (None, way[0])]
     for runtime, precision in ways:
         try:
             rows.append(measure(runtime, precision, options, frames))
