@@ -36,8 +36,9 @@ The report:    flow_ros bench [--data DIR] [--out bench/results]
 A single run goes through a synthetic scene, a video or a folder of images, every frame fresh,
 and prints a line. Its JSON holds machine, versions and results, a list of one with network,
 runtime, size, iterations, warm, fps (1000 / ms_p50), ms_p50, ms_p99 and peak_mb (the highest
-resident memory while frames went through, above the process that has loaded packages, network
-and frames; MB are 2^20 bytes). The early stop is off, so that every step is done.
+resident memory above the process that has loaded packages, network and frames, the making of
+engines included; stream_mb is that of the frames alone; MB are 2^20 bytes). The early stop is
+off, so that every step is done.
 
 The report is accuracy against time beside OpenCV DIS, time and memory by resolution, and budget
 asked against budget kept: report.md, and for each part a plot and a JSON file. Every measurement
@@ -217,7 +218,8 @@ def _line(row: Mapping[str, Any]) -> str:
     return (f'{row["network"]}{untrained}, {row["runtime"]} {row["precision"]} on '
             f'{row["device"]}, {row["size"]}, {budget}, {start}: {row["ms_p50"]:.1f} ms '
             f'(10 to 90 %: {row["ms_p10"]:.1f} to {row["ms_p90"]:.1f}; p99 {row["ms_p99"]:.1f}), '
-            f'{row["fps"]:.1f} frames/s, peak {row["peak_mb"]:.0f} MB{cuda}\n'
+            f'{row["fps"]:.1f} frames/s, {row["stream_mb"]:.0f} MB above the loaded process '
+            f'(peak {row["peak_mb"]:.0f} MB, with the making of engines){cuda}\n'
             f'median ms per act over {row["frames"]} frames, {row["steps"]} steps: {acts}')
 
 

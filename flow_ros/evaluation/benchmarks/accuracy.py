@@ -26,7 +26,7 @@ Means are over the pairs.
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 import time
-from typing import Any
+from typing import Any, TYPE_CHECKING
 
 import cv2
 import numpy as np
@@ -45,6 +45,9 @@ from flow_ros.evaluation.evaluate import (
 )
 from flow_ros.evaluation.pairs import find_pairs, Pair
 from flow_ros.flow_io import FlowFileError, write_flow, write_image
+
+if TYPE_CHECKING:
+    from flow_ros.networks.base import FlowNetwork
 
 Tell = Callable[[str], object]
 
@@ -85,13 +88,22 @@ def make_pairs(*, folder: str, count: int, width: int, height: int, tell: Tell =
     return {'pairs': count}
 
 
-def measure_network(*, network: str, runtime: str, precision: str, budgets: Sequence[int],
-                    data: str, threads: int | None, seconds: float,
+def budgets_of(network: 'FlowNetwork') -> list[int]:
+    """Return the budgets to measure: up to twice the default of those that iterate, else all."""
+    from flow_ros.networks.base import FlowNetwork
+
+    if network.budget_unit != FlowNetwork.budget_unit:
+        return list(range(1, network.default_iterations + 1))
+    return [budget for budget in (1, 2, 4, 8, 16) if budget <= 2 * network.default_iterations]
+
+
+def measure_network(*, network: str, runtime: str, precision: str,
+                    budgets: Sequence[int] | None, data: str, threads: int | None, seconds: float,
                     tell: Tell = print) -> dict[str, Any]:
     """Measure one network in one runtime over all pairs, at each budget.
 
     Returns ``rows``, one per budget with the means over the pairs. Budgets that are not begun
-    after ``seconds`` are left out.
+    after ``seconds`` are left out; None are those of ``budgets_of``.
     """
     import torch
 
@@ -109,7 +121,7 @@ def measure_network(*, network: str, runtime: str, precision: str, budgets: Sequ
         raise Refused(f'{runtime}: {error}') from error
     begin = time.monotonic()
     rows: list[dict[str, Any]] = []
-    for budget in budgets:
+    for budget in budgets or budgets_of(loaded):
         if rows and time.monotonic() - begin > seconds:
             break
         report = evaluate({network: network_estimator(loaded, iterations=budget, runtime=made)},

@@ -38,8 +38,9 @@ WHAT: Mapping[str, str] = {
             'warm with two iterations per level, the others at their default. DIS: `calc` '
             'alone, presets of OpenCV. * Seeded random weights: the time is that of trained '
             'ones.',
-    'memory': 'Highest resident memory while frames went through, above the process that has '
-              'loaded the packages, the network and the frames, MB (2^20 bytes).',
+    'memory': 'Highest resident memory above the process that has loaded the packages, the '
+              'network and the frames, MB (2^20 bytes): while frames went through, and with the '
+              'making of the engines, from an empty cache, before them (drawn).',
     'budget': 'Every frame fresh, at {size}: from the frame to the flow, median and 99th '
               'percentile, ms, and the median number of steps; alone, and beside a process that '
               'loads one core. Late: frames that took longer than asked.'}
@@ -89,15 +90,15 @@ def readme_section(found: Mapping[str, Content], folder: Path) -> str:
     link = folder.as_posix()
     text = [f'A stream at {README_SIZE}, every frame fresh, early stop off; networks that iterate '
             f'start warm with two iterations per level. Medians (99th percentile) of up to '
-            f'{max(row["frames"] for row in rows)} frames, peak memory above the loaded process; '
-            f'`make bench`, whose whole report, plots and JSON are in '
+            f'{max(row["frames"] for row in rows)} frames, and the most memory meanwhile above '
+            f'the loaded process; `make bench`, whose whole report, plots and JSON are in '
             f'[`{link}`]({link}/report.md):',
-            '', '| network | runtime | ms per frame | frames/s | peak MB |',
+            '', '| network | runtime | ms per frame | frames/s | MB |',
             '|---|---|---|---|---|']
     for row in rows:
-        peak = '' if row['peak_mb'] is None else f'{row["peak_mb"]:.0f}'
+        memory = '' if row.get('stream_mb') is None else f'{row["stream_mb"]:.0f}'
         text.append(f'| {_network(row)} | {_way(row)} | {row["ms_p50"]:.1f} '
-                    f'({row["ms_p99"]:.1f}) | {row["fps"]:.1f} | {peak} |')
+                    f'({row["ms_p99"]:.1f}) | {row["fps"]:.1f} | {memory} |')
     if not all(row.get('trained', True) for row in rows):
         text += ['', '\\* Seeded random weights: the time is that of trained ones.']
     text += ['', describe(content['machine'], content['versions'])]
@@ -141,8 +142,7 @@ def _table(part: str, rows: Sequence[Row]) -> list[str]:
         return _budget_table(rows)
     if part == 'time':
         return _size_table(rows, lambda row: f'{row["ms_p50"]:.1f} ({row["ms_p99"]:.1f})')
-    return _size_table(rows, lambda row: '' if row['peak_mb'] is None
-                       else f'{row["peak_mb"]:.0f}')
+    return _size_table(rows, lambda row: f'{row["stream_mb"]:.0f}, {row["peak_mb"]:.0f}')
 
 
 def _accuracy_table(rows: Sequence[Row]) -> list[str]:

@@ -23,9 +23,10 @@ frames without a flow (the first) and with a cold start (the second) of every pa
 - ``ms_p50``, ``ms_p99`` and the others are over the measured frames, after ``warm_up``;
 - ``fps`` is 1000 / ``ms_p50``: the rate of the usual frame. ``fps_mean`` is the number of
   frames by the time they took together; it is lower where some frames took long;
-- ``peak_mb`` is the highest resident memory while frames went through, above the process that
-  has loaded the packages, the network and the frames but made no engine yet. MB are 2^20
-  bytes. ``prepare_peak_mb`` is the same while engines were made, which happens once;
+- ``peak_mb`` is the highest resident memory above the process that has loaded the packages, the
+  network and the frames but made no engine yet: the higher of ``prepare_mb``, while engines were
+  made (less where the cache has them already), and ``stream_mb``, while frames went through.
+  MB are 2^20 bytes;
 - ``warm`` says that every measured frame started from the flow before it; ``cold`` counts those
   that did not.
 """
@@ -133,8 +134,9 @@ def measure(job: TimingJob, tell: Tell = print) -> dict[str, Any]:
         times = list(stream(estimator, frames, job))
     return {'network': job.network, 'runtime': runtime.name, 'precision': job.precision,
             'size': f'{width}x{height}', 'iterations': iterations_of(job, runtime.network),
-            **numbers_of(times), 'peak_mb': round(streaming.peak_mb, 1),
-            'prepare_peak_mb': round(making.peak_mb, 1), 'cuda_mb': _cuda_mb(runtime),
+            **numbers_of(times), 'peak_mb': round(max(making.peak_mb, streaming.peak_mb), 1),
+            'prepare_mb': round(making.peak_mb, 1), 'stream_mb': round(streaming.peak_mb, 1),
+            'cuda_mb': _cuda_mb(runtime),
             'prepare_s': round(prepare_s, 2), 'iterations_are': network.budget_unit,
             'latency_ms': job.latency_ms, 'early_stop': job.early_stop, 'trained': trained,
             'device': str(runtime.device), 'threads': job.threads or torch.get_num_threads(),
