@@ -36,7 +36,6 @@ from torch import nn, Tensor
 from flow_ros.networks.base import FlowNetwork, FlowOutput, State
 from flow_ros.runtimes.base import Control, EngineFault, Lap, run_loop
 from flow_ros.runtimes.cache import cache_directory
-from flow_ros.runtimes.openvino_convolutions import save_products, with_channels_last
 
 _MOST_ENGINES = 32
 """Of a stream that changes its size again and again, the oldest engines are given up."""
