@@ -31,6 +31,7 @@ from flow_ros.networks.base import Features, FlowNetwork, PriorFlow
 from flow_ros.runtimes import create_runtime, Runtime
 from flow_ros.runtimes.acts import PRIOR_PX, run_acts
 from flow_ros.runtimes.cache import Say
+from flow_ros.runtimes.threads import torch_beside
 from flow_ros.streaming.budget import Budget, StampPeriod
 from flow_ros.streaming.early_stop import block_means, DEFAULT_PX, differing
 from flow_ros.streaming.estimate import complete, Estimate, lacks, result_of, REVERSE
@@ -311,7 +312,8 @@ class FlowEstimator:
         while True:
             runtime = self._serving.at(*frame.shape[:2])
             try:
-                return self._done_by(runtime, frame, stamp, order)
+                with torch_beside(runtime):
+                    return self._done_by(runtime, frame, stamp, order)
             except Exception as error:  # the next best runtime does the same frame again
                 if not self._serving.replace(runtime, error):
                     raise

@@ -33,6 +33,7 @@ from flow_ros.runtimes.reference import (
     reference_pair,
     ReferenceCase,
 )
+from flow_ros.runtimes.threads import torch_beside
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'networks'))
 from seeded_weights import seeded_tensor
@@ -300,3 +301,20 @@ def test_a_failure_of_openvino_is_a_fault_of_the_engine():
     engine._request = Fails()
     with pytest.raises(EngineFault, match='OpenVINO failed: .*out of memory$'):
         runtime.call('encode', torch.rand(1, 3, 8, 8))
+
+
+def test_torch_keeps_to_one_thread_of_its_caller_beside_openvino():
+    runtime = create_runtime('openvino', Parts(), threads=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch_beside(runtime):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with pytest.raises(KeyError), torch_beside(runtime):
+            raise KeyError
+        assert torch.get_num_threads() == 2
+        with torch_beside(create_runtime('torch', Parts(), device='cpu')):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
