@@ -61,12 +61,14 @@ class CellFlow:
     ``flow`` (B, 2, ceil(H / cell), ceil(W / cell)) is in full-resolution px. The first cell
     begins at the upper left pixel; those at the right and lower border may be cut by the frame,
     whose ``size`` is (height, width). Networks read a prior at the resolution of their levels:
-    nothing is gained by a vector for every pixel.
+    nothing is gained by a vector for every pixel. ``trust``, where known, is a tensor of one
+    number in [0, 1]: how far the flow it was made of could be trusted, in the mean.
     """
 
     flow: Tensor
     cell: int
     size: tuple[int, int]
+    trust: Tensor | None = None
 
     @property
     def full(self) -> Tensor:

@@ -118,7 +118,8 @@ def carry(samples: FlowSamples, *, direction: str, time_ratio: float = 1.0) -> C
     carried = _fill(*_gather(winner, flow, against))
     if time_ratio != 1:
         carried = carried * time_ratio
-    return CellFlow(carried, cell, samples.size)
+    known = samples.reliability
+    return CellFlow(carried, cell, samples.size, trust=None if known is None else known.mean())
 
 
 def _pick(values: Tensor, cell: int) -> Tensor:

@@ -135,3 +135,19 @@ def test_a_prior_that_fits_is_cells():
     cells = CellFlow(torch.ones(1, 2, 8, 12), 8, (61, 96))
     assert check_prior(cells, features(61, 96)) is cells
     assert torch.equal(cells.full, flow)
+
+
+@pytest.mark.parametrize('trust, levels', [(None, {8}), (0.9, {8}), (0.6, {16, 8}),
+                                           (math.nan, {8})])
+def test_dip_rt_takes_a_doubtful_prior_to_its_coarse_level(trust, levels):
+    torch.manual_seed(0)
+    network = create('dip_rt', None).eval()
+    prior = CellFlow(torch.full((1, 2, 8, 12), 3.0), 8, (64, 96),
+                     trust=None if trust is None else torch.tensor(trust))
+    with torch.inference_mode():
+        frame = network.encode(torch.zeros(1, 3, 64, 96))
+        state = network.start(frame, frame, prior_flow=prior, iterations=2)
+    assert state.warm
+    assert {step.level for step in state.schedule} == levels
+    assert len(state.schedule) == 2 * len(levels)
+    assert torch.allclose(state.flow * state.level, torch.tensor(3.0))

@@ -256,6 +256,19 @@ def test_half_precision_is_sampled_as_float32():
     assert carry(samples, direction='forward').flow.dtype == torch.float32
 
 
+def test_a_prior_says_how_far_its_flow_could_be_trusted():
+    flow, confidence = torch.zeros(1, 2, 16, 24), torch.full((1, 1, 16, 24), 0.8)
+    confidence[..., 12:] = 0.4
+    occlusion = torch.zeros(1, 1, 16, 24)
+    occlusion[..., :8, :] = 0.5
+    assert carry(sample_flow(flow, cell=4), direction='forward').trust is None
+    prior = carry(sample_flow(flow, cell=4, confidence=confidence), direction='forward')
+    assert float(prior.trust) == pytest.approx(0.6)
+    prior = carry(sample_flow(flow, cell=4, confidence=confidence, occlusion=occlusion),
+                  direction='backward')
+    assert float(prior.trust) == pytest.approx(0.45)
+
+
 def test_samples_do_not_share_memory():
     flow = torch.ones(1, 2, 8, 8)
     for cell in (1, 4):
