@@ -36,6 +36,7 @@ from torch import nn, Tensor
 from flow_ros.networks.base import FlowNetwork, FlowOutput, State
 from flow_ros.runtimes.base import Control, EngineFault, Lap, run_loop
 from flow_ros.runtimes.cache import cache_directory
+from flow_ros.runtimes.openvino_convolutions import save_products
 
 _MOST_ENGINES = 32
 """Of a stream that changes its size again and again, the oldest engines are given up."""
@@ -142,7 +143,9 @@ class OpenVinoRuntime:
         count = len(model.outputs)
         by_pixel = [_is_features(port) for port in model.outputs]
         model = _laid_out(model, [_lies_by_pixel(tensor) for tensor in tensors], by_pixel)
-        if self.arithmetic != 'f32':
+        if self.arithmetic == 'f32':
+            save_products(model)
+        else:
             _keep_coordinates(model)
         return _Engine(self._core.compile_model(model, 'CPU', self._config), count, by_pixel)
 
