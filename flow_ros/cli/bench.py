@@ -95,7 +95,7 @@ def add_parser(subparsers: Any) -> None:
                         help='(default: those this machine has)')
     report.add_argument('--sizes', type=sizes, metavar='A,B',
                         help='sizes for time and memory (default: 640x480,320x240,1280x720,'
-                             '1920x1080; memory also 3840x2160)')
+                             '1920x1080; memory of the first network also 3840x2160)')
     report.add_argument('--only', type=parts, metavar='A,B',
                         help=f'parts: {", ".join(PARTS)} (default: all)')
     report.add_argument('--data', type=Path, metavar='DIR',
@@ -257,13 +257,13 @@ def _plan(options: argparse.Namespace) -> 'Plan':
         raise CommandError(f'--data {options.data}: expected a folder of pairs; seen '
                            f'{"a file" if options.data.exists() else "nothing"} there')
     try:
-        networks = {name: warm_iterations(name)
-                    for name in options.networks or default_networks()}
+        facts = {name: warm_iterations(name)
+                 for name in options.networks or default_networks()}
     except Refused as error:
         raise CommandError(str(error).replace('--network:', '--networks:')) from error
     given: dict[str, Any] = {'threads': options.threads}
     if options.sizes is not None:
-        given |= {'sizes': options.sizes, 'memory_sizes': options.sizes}
+        given |= {'sizes': options.sizes, 'memory_sizes': options.sizes, 'largest': ''}
     if options.minutes is not None:
         given['minutes'] = options.minutes
     if options.only is not None:
@@ -273,11 +273,13 @@ def _plan(options: argparse.Namespace) -> 'Plan':
     if options.quick:
         given = {'pairs': 3, 'pairs_size': '320x240', 'budgets': (1, 2),
                  'sizes': ('320x240', '640x480'), 'memory_sizes': ('320x240', '640x480'),
-                 'latencies_ms': (100.0, 300.0), 'budget_size': '320x240', 'frames': 8,
+                 'largest': '', 'latencies_ms': (100.0, 300.0),
+                 'other_latencies_ms': (300.0,), 'budget_size': '320x240', 'frames': 8,
                  'budget_frames': 12, 'seconds': 1.5, 'minutes': 5.0} | given
     precisions = () if options.precision is None else (options.precision,)
-    return Plan(networks=networks, ways=available_ways(options.runtimes or (), precisions),
-                **given)
+    return Plan(networks={name: iterations for name, (iterations, _) in facts.items()},
+                untrained=[name for name, (_, trained) in facts.items() if not trained],
+                ways=available_ways(options.runtimes or (), precisions), **given)
 
 
 def _run_report(options: argparse.Namespace, out: Path) -> int:

@@ -187,16 +187,34 @@ def plan(**given):
 
 
 def test_every_network_and_way_is_in_every_part(tmp_path):
+    """Accuracy of all in all ways; else of the first in all, and of the others in the first."""
+    every = {(name, way.runtime) for name in ('dip_rt', 'mscsl') for way in WAYS}
     for part, kind in (('accuracy', 'accuracy'), ('time', 'timing'), ('memory', 'memory')):
+        todo = list(measurements(part, plan(), tmp_path))
+        assert len({each.name for each in todo}) == len(todo)
         seen = {(each.arguments['network'], each.arguments['runtime'])
-                for each in measurements(part, plan(), tmp_path) if each.kind == kind}
-        assert seen == {(name, way.runtime) for name in ('dip_rt', 'mscsl') for way in WAYS}
-    asked = {(each.arguments['latency_ms'], each.arguments['loaded'])
+                for each in todo if each.kind == kind}
+        assert seen == every - (set() if part == 'accuracy' else {('mscsl', 'torch')})
+    asked = {(each.arguments['network'], each.arguments['latency_ms'], each.arguments['loaded'])
              for each in measurements('budget', plan(), tmp_path)}
-    assert {(100.0, False), (100.0, True), (300.0, False), (300.0, True)} <= asked
+    assert {(name, ms, loaded) for name in ('dip_rt', 'mscsl') for ms in (100.0, 300.0)
+            for loaded in (False, True)} <= asked
     assert next(measurements('accuracy', plan(), tmp_path)).kind == 'pairs'
     given = list(measurements('accuracy', plan(data=tmp_path / 'eval'), tmp_path))
     assert given[0].kind == 'dis' and given[0].arguments['data'] == str(tmp_path / 'eval')
+    large = [each.name for each in measurements('memory', plan(), tmp_path)
+             if '3840x2160' in each.name]
+    assert large == ['dip_rt, openvino f32, 3840x2160']
+
+
+def test_without_weights_there_is_time_and_memory_alone(tmp_path):
+    untrained = plan(untrained=['mscsl'])
+    for part in PARTS:
+        names = {each.arguments.get('network') for each in measurements(part, untrained, tmp_path)}
+        assert ('mscsl' in names) is (part in ('time', 'memory'))
+    result = run_part('budget', untrained, tmp_path, limit_s=100.0, run=Runs(),
+                      save=lambda each: None, on_progress=lambda *each: None)
+    assert result.left_out == [{'what': 'mscsl', 'why': 'no trained weights here'}]
 
 
 def test_the_most_important_comes_first(tmp_path):
@@ -228,11 +246,11 @@ def test_what_fails_is_a_line_and_no_end(tmp_path):
         save=lambda each: saved.append(len(each.results) + len(each.left_out)),
         on_progress=lambda *each: told.append(each))
     assert result.failed == 8
-    assert {row['network'] for row in result.results} == {'mscsl'} and len(result.results) == 8
+    assert {row['network'] for row in result.results} == {'mscsl'} and len(result.results) == 4
     assert result.left_out[0] == {'what': 'dip_rt, openvino f32, 640x480',
                                   'why': 'failed: it was ended by SIGSEGV'}
-    assert saved == list(range(0, 17))  # after each; DIS gave no rows here
-    assert told[0] == (0, 17, 'OpenCV DIS') and told[1] == (0, 17, 'OpenCV DIS: working')
+    assert saved == list(range(0, 13))  # after each; DIS gave no rows here
+    assert told[0] == (0, 13, 'OpenCV DIS') and told[1] == (0, 13, 'OpenCV DIS: working')
     refused = run_part('time', plan(), tmp_path, limit_s=100.0, save=lambda each: None,
                        on_progress=lambda *each: None,
                        run=Runs(dip_rt=Refused('no such runtime'), mscsl={'ms_p50': 1.0}))
@@ -251,7 +269,7 @@ def test_what_does_not_fit_is_left_out_and_named(tmp_path):
     assert not any(name.startswith('mscsl') for name in left_out)
     none = run_part('time', plan(), tmp_path, limit_s=0.0, run=Runs(), save=lambda each: None,
                     on_progress=lambda *each: None)
-    assert not none.results and len(none.left_out) == 17
+    assert not none.results and len(none.left_out) == 13
     assert {each['why'] for each in none.left_out} == {'no time was left: more with --minutes'}
 
 

@@ -19,9 +19,13 @@ its own: ``accuracy`` (against time, beside DIS), ``time`` and ``memory`` (by re
 ``budget`` (asked against kept). What matters most comes first; each part has a share of the
 minutes there are, and what does not fit is left out and named. After every measurement the
 part's JSON file is written anew, so that Ctrl-C leaves what is done.
+
+Accuracy is measured of every network in every way (runtime and precision). Time and memory by
+resolution are of the first network in every way and of the others in the first way; budgets are
+of all in the first way. The whole of everything would take hours.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.util import find_spec
 import json
@@ -37,7 +41,7 @@ PARTS = ('accuracy', 'time', 'memory', 'budget')
 TITLES: Mapping[str, str] = {'accuracy': 'Accuracy against time', 'time': 'Time by resolution',
                              'memory': 'Memory by resolution',
                              'budget': 'Budget asked, budget kept'}
-SHARES: Mapping[str, float] = {'accuracy': 0.4, 'time': 0.5, 'memory': 0.5, 'budget': 1.0}
+SHARES: Mapping[str, float] = {'accuracy': 0.4, 'time': 0.45, 'memory': 0.45, 'budget': 1.0}
 """Of the time that is left when the part begins."""
 WARM_ITERATIONS = 2
 """Per level, of networks that iterate: what a warm start needs."""
@@ -65,25 +69,32 @@ class Way:
 class Plan:
     """What the report measures.
 
-    ``iterations`` of ``networks`` are the budgets of the warm stream (None: the network's
-    default). ``data`` is a folder of pairs, None for ``pairs`` procedural ones of
-    ``pairs_size``. ``seconds`` bounds one measurement of time, ``minutes`` the whole.
+    ``networks``, the most important first, have the budgets of the warm stream (None: the
+    network's default); those of them in ``untrained`` have no weights here, and so neither
+    accuracy nor a budget that was worth keeping. ``ways`` are the fastest first. ``data`` is a
+    folder of pairs, None for ``pairs`` procedural ones of ``pairs_size``. ``largest`` is of the
+    first network's memory only. ``latencies_ms`` are those of the first network,
+    ``other_latencies_ms`` of the others. ``seconds`` bounds one measurement of time,
+    ``minutes`` the whole.
     """
 
     networks: Mapping[str, int | None]
     ways: Sequence[Way]
+    untrained: Collection[str] = ()
     parts: Sequence[str] = PARTS
     data: Path | None = None
     pairs: int = 24
     pairs_size: str = '640x480'
     budgets: Sequence[int] | None = None
     sizes: Sequence[str] = ('640x480', '320x240', '1280x720', '1920x1080')
-    memory_sizes: Sequence[str] = ('640x480', '1280x720', '1920x1080', '3840x2160')
-    latencies_ms: Sequence[float] = (50.0, 75.0, 100.0, 150.0, 200.0, 300.0)
+    memory_sizes: Sequence[str] = ('640x480', '1280x720', '1920x1080')
+    largest: str = '3840x2160'
+    latencies_ms: Sequence[float] = (100.0, 300.0, 50.0, 150.0, 200.0)
+    other_latencies_ms: Sequence[float] = (300.0, 100.0)
     budget_size: str = '640x480'
     frames: int = 40
-    budget_frames: int = 80
-    seconds: float = 6.0
+    budget_frames: int = 60
+    seconds: float = 4.0
     minutes: float = 20.0
     threads: int | None = None
 
@@ -148,16 +159,18 @@ def default_networks() -> list[str]:
     return sorted(found, key=lambda name: (name != 'dip_rt', name == 'dip'))
 
 
-def warm_iterations(network: str) -> int | None:
-    """Return the budget of a warm stream: two iterations where the network iterates.
+def warm_iterations(network: str) -> tuple[int | None, bool]:
+    """Return the budget of a warm stream, and whether the network has trained weights here.
 
-    Raises Refused for a name that is not known.
+    Two iterations where the network iterates, else None, its default. Raises Refused for a
+    name that is not known.
     """
     from flow_ros.evaluation.benchmarks.timing import load_network
     from flow_ros.networks.base import FlowNetwork
 
-    made, _ = load_network(network)
-    return WARM_ITERATIONS if made.budget_unit == FlowNetwork.budget_unit else None
+    made, trained = load_network(network)
+    iterates = made.budget_unit == FlowNetwork.budget_unit
+    return WARM_ITERATIONS if iterates else None, trained
 
 
 def measurements(part: str, plan: Plan, folder: Path) -> Iterator[Measurement]:
@@ -176,6 +189,9 @@ def run_part(part: str, plan: Plan, folder: Path, *, limit_s: float,
     """
     result = PartResult(part)
     todo = list(measurements(part, plan, folder))
+    if part in ('accuracy', 'budget'):
+        result.left_out += [{'what': name, 'why': 'no trained weights here'}
+                            for name in plan.networks if name in plan.untrained]
     took: dict[str, tuple[float, float | None]] = {}  # seconds in all, ms per frame
     begin = time.monotonic()
     for number, each in enumerate(todo):
@@ -284,48 +300,57 @@ def _accuracy(plan: Plan, folder: Path) -> Iterator[Measurement]:
     seconds = 60 * plan.minutes * SHARES['accuracy'] / 4
     for way in plan.ways:
         for network in plan.networks:
-            yield Measurement(f'{network}, {way}', 'accuracy', {
-                **common, 'network': network, 'runtime': way.runtime,
-                'precision': way.precision, 'seconds': seconds,
-                'budgets': None if plan.budgets is None else list(plan.budgets)}, rows=True)
+            if network not in plan.untrained:
+                yield Measurement(f'{network}, {way}', 'accuracy', {
+                    **common, 'network': network, 'runtime': way.runtime,
+                    'precision': way.precision, 'seconds': seconds,
+                    'budgets': None if plan.budgets is None else list(plan.budgets)}, rows=True)
 
 
 def _time(plan: Plan, folder: Path) -> Iterator[Measurement]:
     yield Measurement('OpenCV DIS', 'dis_times', {
         'sizes': list(plan.sizes), 'threads': plan.threads}, rows=True)
     for size in plan.sizes:
-        for way in plan.ways:
-            for network, iterations in plan.networks.items():
-                yield Measurement(f'{network}, {way}, {size}', 'timing', {
-                    'network': network, 'runtime': way.runtime, 'precision': way.precision,
-                    'size': size, 'iterations': iterations, 'frames': plan.frames,
-                    'seconds': plan.seconds, 'threads': plan.threads},
-                    heavier_than=_smaller(size, plan.sizes, f'{network}, {way}'))
+        for network, way in _pairings(plan):
+            yield Measurement(f'{network}, {way}, {size}', 'timing', {
+                'network': network, 'runtime': way.runtime, 'precision': way.precision,
+                'size': size, 'iterations': plan.networks[network], 'frames': plan.frames,
+                'seconds': plan.seconds, 'threads': plan.threads},
+                heavier_than=_smaller(size, plan.sizes, f'{network}, {way}'))
 
 
 def _memory(plan: Plan, folder: Path) -> Iterator[Measurement]:
-    for network, iterations in plan.networks.items():
-        for way in plan.ways:
-            for size in plan.memory_sizes:
-                width, height = parse_size(size)
-                yield Measurement(f'{network}, {way}, {size}', 'memory', {
-                    'network': network, 'runtime': way.runtime, 'precision': way.precision,
-                    'width': width, 'height': height, 'iterations': iterations,
-                    'threads': plan.threads},
-                    heavier_than=_smaller(size, plan.memory_sizes, f'{network}, {way}'))
+    first = _pairings(plan)[:1]
+    sizes = [*plan.memory_sizes, plan.largest] if plan.largest else list(plan.memory_sizes)
+    for size in sizes:
+        for network, way in first if size == plan.largest else _pairings(plan):
+            width, height = parse_size(size)
+            yield Measurement(f'{network}, {way}, {size}', 'memory', {
+                'network': network, 'runtime': way.runtime, 'precision': way.precision,
+                'width': width, 'height': height, 'iterations': plan.networks[network],
+                'threads': plan.threads},
+                heavier_than=_smaller(size, sizes, f'{network}, {way}'))
 
 
 def _budget(plan: Plan, folder: Path) -> Iterator[Measurement]:
     width, height = parse_size(plan.budget_size)
     way = plan.ways[0]
-    for network in plan.networks:
-        for loaded in (False, True):
-            for latency_ms in plan.latencies_ms:
+    for index, network in enumerate(plan.networks):
+        for latency_ms in plan.other_latencies_ms if index else plan.latencies_ms:
+            for loaded in (False, True):
+                if network in plan.untrained:
+                    continue
                 beside = ', one core loaded' if loaded else ''
                 yield Measurement(f'{network}, {way}, {latency_ms:g} ms{beside}', 'budget', {
                     'network': network, 'runtime': way.runtime, 'precision': way.precision,
                     'width': width, 'height': height, 'latency_ms': latency_ms,
                     'loaded': loaded, 'frames': plan.budget_frames, 'threads': plan.threads})
+
+
+def _pairings(plan: Plan) -> list[tuple[str, Way]]:
+    """Return the first network in every way, then the others in the first way."""
+    first, *others = plan.networks
+    return [*((first, way) for way in plan.ways), *((name, plan.ways[0]) for name in others)]
 
 
 def _smaller(size: str, sizes: Sequence[str], name: str) -> tuple[str, float] | None:

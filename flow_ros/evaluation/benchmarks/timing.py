@@ -208,7 +208,9 @@ def _synthetic(source: str, width: int, height: int, count: int, tell: Tell) -> 
         raise SourceError(f'{source}: the seed must be a number, for example synthetic:7')
     from flow_ros.synthetic import SyntheticSequence
 
-    count = max(min(count, _MOST_BYTES // (3 * width * height)), FEWEST + 1)
+    # Of large frames fewer: they take as long to draw as many small ones.
+    fewer = max(_FRESH_SYNTHETIC * DEFAULT_SIZE[0] * DEFAULT_SIZE[1] // (width * height), 8)
+    count = max(min(count, fewer, _MOST_BYTES // (3 * width * height)), FEWEST + 1)
     stream = SyntheticSequence(width, height, seed=int(seed or 0))
     frames = []
     for index in range(count):
