@@ -210,7 +210,7 @@ def test_ctrl_c_leaves_what_is_done(tmp_path):
             'from flow_ros.cli.main import main; sys.exit(main(sys.argv[1:]))')
     process = subprocess.Popen(
         [sys.executable, '-c', code, 'bench', '--networks', 'dip_rt', '--runtimes', 'torch',
-         '--only', 'time', '--sizes', '96x64,640x480,1920x1080', '--threads', '1', '--out',
+         '--only', 'time', '--sizes', '96x64,128x96,160x120', '--threads', '1', '--out',
          str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 120
     while not (out / 'time.json').is_file() and time.monotonic() < end:
