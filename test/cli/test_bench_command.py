@@ -25,6 +25,7 @@ import time
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from flow_ros.cli.main import main
 from flow_ros.flow_io import write_image
@@ -134,7 +135,6 @@ def test_usage(words, said, capsys):
 
 
 def test_a_runtime_that_is_not_here(monkeypatch, capsys):
-    import torch
     if torch.cuda.is_available():
         pytest.skip('a GPU is there')
     assert bench('--runtime', 'tensorrt', '--size', '96x64') == 2
