@@ -49,6 +49,8 @@ from flow_ros.networks.base import (
     State,
     Step,
 )
+from flow_ros.ops import winograd
+from flow_ros.ops.exporting import is_exporting
 from flow_ros.ops.patchmatch import propagation_correlation_released, search_released
 from flow_ros.ops.upsampling import convex_upsample
 
@@ -98,13 +100,46 @@ class DIPConfig:
                              f'released); seen {self.warm_noise!r}')
 
 
+class Convolution(nn.Conv2d):
+    """A convolution of stride 1 that keeps the size of its map."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int | tuple[int, int]) -> None:
+        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
+        super().__init__(inputs, outputs, sides, padding=(sides[0] // 2, sides[1] // 2))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return (B, outputs, H, W)."""
+        return _convolve(values, self.weight, self.bias)
+
+
+def _convolve(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if winograd.pays(values, weight):
+        return winograd.convolve(values, weight, bias)
+    return functional.conv2d(values, weight, bias,
+                             padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+
+
 class InstanceNorm(nn.Module):
     """Zero mean and unit variance of each channel of each map; in float32 at least."""
+
+    epsilon = 1e-5
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the normed map, in the type of ``values``."""
         # Half precision cannot sum the squares of a map of 300,000 cells.
-        return functional.instance_norm(values.float()).to(values.dtype)
+        single = values.float()
+        if self._by_hand(single):
+            centred = single - single.mean(dim=(2, 3), keepdim=True)
+            variance = centred.square().mean(dim=(2, 3), keepdim=True)
+            return centred.mul_(torch.rsqrt(variance + self.epsilon)).to(values.dtype)
+        return functional.instance_norm(single, eps=self.epsilon).to(values.dtype)
+
+    @staticmethod
+    def _by_hand(values: Tensor) -> bool:
+        """Return whether torch's own norm would first copy the map to have its channels first."""
+        return (values.device.type == 'cpu' and not torch.is_grad_enabled()
+                and not values.is_contiguous() and not torch.jit.is_tracing()
+                and not is_exporting() and not torch.compiler.is_compiling())
 
 
 class ResidualBlock(nn.Module):
@@ -113,7 +148,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, *, stride: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.conv2 = Convolution(outputs, outputs, 3)
         self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride),
                                         InstanceNorm())
         self.norm = InstanceNorm()
@@ -155,9 +190,9 @@ class SmallMotionEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convc1 = nn.Conv2d(10, 96, 1)
-        self.convf1 = nn.Conv2d(2, 64, 5, padding=2)
-        self.convf2 = nn.Conv2d(64, 32, 3, padding=1)
-        self.conv = nn.Conv2d(128, 94, 3, padding=1)
+        self.convf1 = Convolution(2, 64, 5)
+        self.convf2 = Convolution(64, 32, 3)
+        self.conv = Convolution(128, 94, 3)
 
     def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
         """Return the motion features, the raw flow as their last two channels."""
@@ -173,10 +208,10 @@ class MotionEncoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.convc1 = nn.Conv2d(25, 64, 1)
-        self.convc2 = nn.Conv2d(64, 128, 3, padding=1)
-        self.convf1 = nn.Conv2d(2, 64, 5, padding=2)
-        self.convf2 = nn.Conv2d(64, 64, 3, padding=1)
-        self.conv = nn.Conv2d(192, 126, 3, padding=1)
+        self.convc2 = Convolution(64, 128, 3)
+        self.convf1 = Convolution(2, 64, 5)
+        self.convf2 = Convolution(64, 64, 3)
+        self.conv = Convolution(192, 126, 3)
 
     def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
         """Return the motion features, the raw flow as their last two channels."""
@@ -195,16 +230,12 @@ def _share(context: Tensor, *convs: nn.Conv2d) -> Tensor:
     """Return what the context adds to ``convs`` of a GRU, their biases in it."""
     weight = torch.cat([conv.weight[:, HIDDEN:2 * HIDDEN] for conv in convs])
     bias = torch.cat([_bias(conv) for conv in convs])
-    return functional.conv2d(context, weight, bias, padding=_padded(convs[0]))
+    return _convolve(context, weight, bias)
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
     assert conv.bias is not None
     return conv.bias
-
-
-def _padded(conv: nn.Conv2d) -> tuple[int, int]:
-    return conv.kernel_size[0] // 2, conv.kernel_size[1] // 2
 
 
 def _gru(hidden: Tensor, motion: Tensor, share: Tensor, convz: nn.Conv2d, convr: nn.Conv2d,
@@ -214,13 +245,11 @@ def _gru(hidden: Tensor, motion: Tensor, share: Tensor, convz: nn.Conv2d, convr:
     ``share`` is what the context adds to z, r and q (``_share``): a convolution of a cat is the
     sum of those of its parts, and the context is the same in all iterations of a level.
     """
-    padding = _padded(convz)
     of_gates, of_candidate = share.split([2 * HIDDEN, HIDDEN], dim=1)
-    gates = functional.conv2d(torch.cat([hidden, motion], dim=1),
-                              torch.cat([_seen(convz), _seen(convr)]), padding=padding)
+    gates = _convolve(torch.cat([hidden, motion], dim=1),
+                      torch.cat([_seen(convz), _seen(convr)]))
     update, reset = torch.sigmoid(gates + of_gates).chunk(2, dim=1)
-    candidate = functional.conv2d(torch.cat([reset * hidden, motion], dim=1), _seen(convq),
-                                  padding=padding)
+    candidate = _convolve(torch.cat([reset * hidden, motion], dim=1), _seen(convq))
     candidate = torch.tanh(candidate + of_candidate)
     return (1 - update) * hidden + update * candidate
 
@@ -230,9 +259,9 @@ class ConvGRU(nn.Module):
 
     def __init__(self, inputs: int) -> None:
         super().__init__()
-        self.convz = nn.Conv2d(HIDDEN + inputs, HIDDEN, 3, padding=1)
-        self.convr = nn.Conv2d(HIDDEN + inputs, HIDDEN, 3, padding=1)
-        self.convq = nn.Conv2d(HIDDEN + inputs, HIDDEN, 3, padding=1)
+        self.convz = Convolution(HIDDEN + inputs, HIDDEN, 3)
+        self.convr = Convolution(HIDDEN + inputs, HIDDEN, 3)
+        self.convq = Convolution(HIDDEN + inputs, HIDDEN, 3)
 
     def shares(self, context: Tensor) -> tuple[Tensor, ...]:
         """Return what the context adds to the convolutions: (B, 384, H, W), z, r, q."""
@@ -250,12 +279,12 @@ class SeparableConvGRU(nn.Module):
     def __init__(self, inputs: int) -> None:
         super().__init__()
         width = HIDDEN + inputs
-        self.convz1 = nn.Conv2d(width, HIDDEN, (1, 5), padding=(0, 2))
-        self.convr1 = nn.Conv2d(width, HIDDEN, (1, 5), padding=(0, 2))
-        self.convq1 = nn.Conv2d(width, HIDDEN, (1, 5), padding=(0, 2))
-        self.convz2 = nn.Conv2d(width, HIDDEN, (5, 1), padding=(2, 0))
-        self.convr2 = nn.Conv2d(width, HIDDEN, (5, 1), padding=(2, 0))
-        self.convq2 = nn.Conv2d(width, HIDDEN, (5, 1), padding=(2, 0))
+        self.convz1 = Convolution(width, HIDDEN, (1, 5))
+        self.convr1 = Convolution(width, HIDDEN, (1, 5))
+        self.convq1 = Convolution(width, HIDDEN, (1, 5))
+        self.convz2 = Convolution(width, HIDDEN, (5, 1))
+        self.convr2 = Convolution(width, HIDDEN, (5, 1))
+        self.convq2 = Convolution(width, HIDDEN, (5, 1))
 
     def shares(self, context: Tensor) -> tuple[Tensor, ...]:
         """Return what the context adds to the convolutions: twice (B, 384, H, W), z, r, q."""
@@ -274,8 +303,8 @@ class FlowHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(HIDDEN, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, 2, 3, padding=1)
+        self.conv1 = Convolution(HIDDEN, width, 3)
+        self.conv2 = Convolution(width, 2, 3)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return (B, 2, H, W), px of the level."""
@@ -290,7 +319,7 @@ class UpdateBlock(nn.Module):
         self.encoder = SmallMotionEncoder() if small else MotionEncoder()
         self.gru = ConvGRU(HIDDEN + 96) if small else SeparableConvGRU(HIDDEN + 128)
         self.flow_head = FlowHead(128 if small else 256)
-        self.mask = nn.Sequential(nn.Conv2d(HIDDEN, 256, 3, padding=1), nn.ReLU(),
+        self.mask = nn.Sequential(Convolution(HIDDEN, 256, 3), nn.ReLU(),
                                   nn.Conv2d(256, 9 * FACTOR ** 2, 1))
 
     def forward(self, hidden: Tensor, shares: Sequence[Tensor], correlation: Tensor,

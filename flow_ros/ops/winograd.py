@@ -30,9 +30,13 @@ the usual 0, +-1, +-2 are three times as far.
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from flow_ros.ops.exporting import is_exporting
 
 RESULTS = 4
 """Neighbouring results that are computed together, on each axis with more than one tap."""
@@ -43,6 +47,15 @@ _POINTS = {3: (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fra
 """For the number of taps; one more point is infinity."""
 
 TAPS = (1, *_POINTS)
+
+LEAST_CELLS = 5000
+"""Of a map: on smaller ones the products are too small to be fast."""
+
+LEAST_PRODUCTS = 2 ** 13
+"""Input times output channels from which on it pays; below it the sums take the time."""
+
+BLOCK_BYTES = 2 ** 23
+"""What a block holds at the points, at most: it shall stay in the cache."""
 
 
 def matrices(taps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,13 +99,14 @@ class Bags:
     weight: Tensor
 
 
-def bags(size: tuple[int, int], kernel: tuple[int, int], first: int,
-         last: int) -> tuple[Bags, Bags]:
+def bags(size: tuple[int, int], kernel: tuple[int, int], first: int, last: int, *,
+         top: int = 0) -> tuple[Bags, Bags]:
     """Return how the tile rows ``first`` to ``last`` of a map come to the points, and back.
 
     The map is ``size`` (H, W), padded with zeros; a tile is RESULTS cells on each axis with more
     than one tap. The first bags are (points, tiles), over rows (H * W) of the map; the second
-    are the cells of these tile rows, row by row, over the rows (points, tiles) of products.
+    are the cells of these tile rows, row by row, over the rows (points, tiles) of products:
+    of whole tiles, where the map ends within the last ones. Tiles start at row ``top``.
     """
     (back_y, _, in_y), (back_x, _, in_x) = (matrices(taps) for taps in kernel)
     height, width = size
@@ -104,14 +118,14 @@ def bags(size: tuple[int, int], kernel: tuple[int, int], first: int,
     for row in in_y:
         for column in in_x:
             place = torch.outer(row, column).nonzero()
-            y = tile_y[:, None] * step_y + place[:, 0] - kernel[0] // 2
+            y = top + tile_y[:, None] * step_y + place[:, 0] - kernel[0] // 2
             x = tile_x[:, None] * step_x + place[:, 1] - kernel[1] // 2
             inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
             index.append((y * width + x)[inside])
             weight.append((row[place[:, 0]] * column[place[:, 1]]).expand(inside.shape)[inside])
             count.append(inside.sum(dim=1))
     there = _bags(torch.cat(index), torch.cat(weight), torch.cat(count))
-    cell_y = torch.arange(first * step_y, min(last * step_y, height)).repeat_interleave(width)
+    cell_y = torch.arange(first * step_y, last * step_y).repeat_interleave(width)
     cell_x = torch.arange(width).repeat(len(cell_y) // width)
     tile = (cell_y // step_y - first) * across + cell_x // step_x
     weights = torch.kron(back_y, back_x)  # (results, points)
@@ -120,6 +134,72 @@ def bags(size: tuple[int, int], kernel: tuple[int, int], first: int,
     back = _bags(point * len(tile_y) + tile[cell], weights[cell, point],
                  (weights != 0).sum(dim=1))
     return there, back
+
+
+def pays(values: Tensor, weight: Tensor) -> bool:
+    """Return whether ``convolve`` is the faster way here: on CPUs, for inference in float32.
+
+    Not in graphs: what compiles them chooses itself (``runtimes.openvino_convolutions``).
+    """
+    wanted = torch.is_grad_enabled() and (values.requires_grad or weight.requires_grad)
+    if (values.device.type != 'cpu' or values.dtype != torch.float32 or wanted
+            or torch.jit.is_tracing() or is_exporting() or torch.compiler.is_compiling()
+            or not torch.backends.mkl.is_available()):
+        return False
+    return worth(values.shape[2] * values.shape[3], tuple(weight.shape))
+
+
+def worth(cells: int, weight: tuple[int, ...]) -> bool:
+    """Return whether a convolution has enough cells and products (K, C, r_y, r_x) to gain."""
+    outputs, inputs, *kernel = weight
+    return (cells >= LEAST_CELLS and inputs * outputs >= LEAST_PRODUCTS and max(kernel) > 1
+            and all(taps in TAPS for taps in kernel))
+
+
+def convolve(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return the convolution of ``values`` (B, C, H, W), of stride 1 and padded to its size.
+
+    Tile rows by tile rows, so that a block stays in the cache: nothing else is held of it.
+    Returns (B, K, H, W), its channels last in memory.
+    """
+    height, width = values.shape[2:]
+    kernel = (weight.shape[2], weight.shape[3])
+    filters = transformed(weight).transpose(1, 2)  # (points, C, K)
+    points, inputs, outputs = filters.shape
+    step_y, step_x = (RESULTS if taps > 1 else 1 for taps in kernel)
+    across, down = -(-width // step_x), -(-height // step_y)
+    at_once = max(1, BLOCK_BYTES // (4 * points * across * max(inputs, outputs)))
+    found = values.new_empty(values.shape[0], height, width, outputs)
+    for rows, cells in zip(values.permute(0, 2, 3, 1).contiguous(), found):
+        for first in range(0, down, at_once):
+            last = min(first + at_once, down)
+            # The rows that this block needs are a map of their own: most blocks are alike.
+            above = max(0, first * step_y - kernel[0] // 2)
+            below = min(height, last * step_y + kernel[0] // 2)
+            there, back = _block(below - above, width, kernel, last - first,
+                                 first * step_y - above)
+            at_points = _summed(rows[above:below].reshape(-1, inputs), there)
+            products = torch.bmm(at_points.view(points, -1, inputs), filters)
+            block = _summed(products.view(-1, outputs), back)
+            block = block.view(-1, width, outputs)[:height - first * step_y]
+            into = cells[first * step_y:last * step_y]
+            if bias is None:
+                into.copy_(block)
+            else:
+                torch.add(block, bias, out=into)
+    return found.permute(0, 3, 1, 2)
+
+
+def _summed(rows: Tensor, each: Bags) -> Tensor:
+    return functional.embedding_bag(each.index, rows, each.offset, mode='sum',
+                                    per_sample_weights=each.weight)
+
+
+@lru_cache(maxsize=64)
+def _block(height: int, width: int, kernel: tuple[int, int], tiles: int,
+           top: int) -> tuple[Bags, Bags]:
+    """Return the bags of a block: ``tiles`` tile rows, the first at row ``top`` of its map."""
+    return bags((height, width), kernel, 0, tiles, top=top)
 
 
 def _bags(index: Tensor, weight: Tensor, count: Tensor) -> Bags:

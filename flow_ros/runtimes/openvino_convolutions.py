@@ -29,16 +29,7 @@ from openvino import opset14 as ops
 from openvino.passes import ConstantFolding, Manager
 import torch
 
-from flow_ros.ops.winograd import Bags, bags, RESULTS, TAPS, transformed
-
-LEAST_CELLS = 5000
-"""Of a map: on smaller ones the products are too small to be fast."""
-
-LEAST_PRODUCTS = 2 ** 13
-"""Input times output channels from which on it pays; below it the sums take the time."""
-
-BLOCK_BYTES = 2 ** 23
-"""What a block holds at the points, at most: it shall stay in the cache."""
+from flow_ros.ops.winograd import Bags, bags, BLOCK_BYTES, RESULTS, transformed, worth
 
 TO_ROWS, TO_MAPS = [0, 2, 3, 1], [0, 3, 1, 2]
 
@@ -136,12 +127,10 @@ def _gains(node: Any) -> bool:
     size = shape.to_shape()
     same = [side // 2 for side in kernel]
     return (weight.get_element_type() == openvino.Type.f32 and size[0] == 1
-            and all(side in TAPS for side in kernel)
             and list(attributes['strides']) == [1, 1] == list(attributes['dilations'])
             and list(attributes['pads_begin']) == same == list(attributes['pads_end'])
             and list(size)[2:] == list(node.get_input_shape(0))[2:]
-            and size[2] * size[3] >= LEAST_CELLS
-            and max(kernel) > 1 and inputs * outputs >= LEAST_PRODUCTS)
+            and worth(size[2] * size[3], (outputs, inputs, *kernel)))
 
 
 def _at_the_points(node: Any, known: 'Tables') -> Any:
@@ -171,7 +160,10 @@ def _at_the_points(node: Any, known: 'Tables') -> Any:
         found.append(_summed(ops.reshape(products, _whole([points * tiles, outputs]), False),
                              back))
     cells = ops.concat(found, 0) if len(found) > 1 else found[0]
-    return ops.reshape(cells, _whole([1, height, width, outputs]), False).output(0)
+    whole = ops.reshape(cells, _whole([1, down * step, width, outputs]), False)
+    if down * step > height:
+        whole = ops.slice(whole, _whole([0]), _whole([height]), _whole([1]), _whole([1]))
+    return whole.output(0)
 
 
 def _constants(each: Bags) -> tuple[Any, ...]:
