@@ -150,14 +150,14 @@ def _search_by_lists(features_a: Tensor, warped_b: Tensor, radius: int, padding:
     """Do what ``local_search`` does with lists of pixels, for CPUs.
 
     A pixel's channels are one piece of memory, so a list of pixels is a copy without arithmetic:
-    three of them take the place of pads, windows cut out and rows of tiles turned, each of which
-    is a pass over memory in torch and in OpenVINO (a third of the whole search).
+    lists take the place of pads, windows cut out, bands and rows of tiles turned, each of which
+    is a pass over memory in torch and in OpenVINO (half of the whole search).
     """
     batch, channels = (int(size) for size in features_a.shape[:2])
     height, width = (int(size) for size in features_a.shape[-2:])
     side, (rows, columns) = 2 * radius + 1, _tile(radius)
     pixels, window = rows * columns, (rows + 2 * radius) * (columns + 2 * radius)
-    own, others, back = _lists(height, width, radius, padding == 'border')
+    own, others, kept, back = _lists(height, width, radius, padding == 'border')
     a = features_a.permute(0, 2, 3, 1).reshape(batch, -1, channels) * (1 / channels)
     b = warped_b.permute(0, 2, 3, 1).reshape(batch, -1, channels)
     if padding != 'border':
@@ -175,7 +175,7 @@ def _search_by_lists(features_a: Tensor, warped_b: Tensor, radius: int, padding:
         products = torch.bmm(
             a.index_select(1, mine).reshape(-1, pixels, channels),
             b.index_select(1, theirs).reshape(-1, window, channels).transpose(1, 2))
-        band = _band(products, rows, columns, side)  # (B * count, rows, columns, side, side)
+        band = products.reshape(-1, pixels * window).index_select(1, kept)
         planes.append(band.reshape(batch, count * pixels, side * side))
     whole = torch.cat(planes, dim=1) if len(planes) > 1 else planes[0]
     whole = whole.index_select(1, back)
@@ -188,11 +188,13 @@ def _tile(radius: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=16)
-def _lists(height: int, width: int, radius: int, border: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the pixels of all tiles, those of all their windows, and where each pixel went.
+def _lists(height: int, width: int, radius: int, border: bool) -> tuple[Tensor, ...]:
+    """Return four lists of numbers.
 
-    A pixel is its number, row by row; height * width stands for what is outside. A tile that
-    reaches past the map has pixel 0 there: nobody reads its planes.
+    The pixels of all tiles; those of all their windows; of the products of a tile, pixel after
+    pixel, those that belong to its planes; and where each pixel of the map is among those of the
+    tiles. A pixel is its number, row by row; height * width stands for what is outside. A tile
+    that reaches past the map has pixel 0 there: nobody reads its planes.
     """
     rows, columns = _tile(radius)
     down, across = -(-height // rows), -(-width // columns)
@@ -210,9 +212,14 @@ def _lists(height: int, width: int, radius: int, border: bool) -> tuple[Tensor, 
 
     y, x = np.arange(height)[:, None], np.arange(width)[None]
     place = ((y // rows * across + x // columns) * rows + y % rows) * columns + x % columns
+    side = 2 * radius + 1
+    py, px, dy, dx = np.ix_(np.arange(rows), np.arange(columns), np.arange(side),
+                            np.arange(side))
+    kept = ((py * columns + px) * (rows + 2 * radius) + py + dy) * (columns + 2 * radius) + px + dx
     # Not tensors of the inference mode, which the caller may be in: they stay.
     with torch.inference_mode(False):
         return (pixels(0, 0), pixels(radius, None if border else height * width),
+                torch.from_numpy(kept.reshape(-1).astype(np.int64)),
                 torch.from_numpy(place.reshape(-1).astype(np.int64)))
 
 
@@ -236,7 +243,7 @@ def _search_by_windows(features_a: Tensor, warped_b: Tensor, radius: int,
     b = b.permute(0, 1, 3, 2, 4, 5)
     b = b.reshape(batch * rows * columns, window * window, channels)
     products = torch.bmm(a * (1 / channels), b.transpose(1, 2))  # (N, 64, window**2)
-    planes = _band(products, TILE, TILE, side)  # (N, 8, 8, side, side)
+    planes = _band(products, window, side)  # (N, 8, 8, side, side)
     planes = planes.reshape(batch, rows, columns, TILE, TILE, side * side)
     planes = planes.permute(0, 5, 1, 3, 2, 4)
     planes = planes.reshape(batch, side * side, rows * TILE, columns * TILE)
@@ -285,19 +292,18 @@ def _windows_of_tiles(values: Tensor, dim: int, count: int, window: int) -> Tens
     return torch.cat(parts, dim=dim + 1).narrow(dim + 1, 0, window)
 
 
-def _band(products: Tensor, rows: int, columns: int, side: int) -> Tensor:
+def _band(products: Tensor, window: int, side: int) -> Tensor:
     """Keep, for the pixel (py, px) of each tile, the window's entries (py + dy, px + dx).
 
-    ``products`` is (N, rows * columns, w * v) for windows of w rows and v columns. In the
-    flattened tile that entry lies at (columns py + px) w v + (py + dy) v + px + dx, so rows read
-    with the strides columns w v + v and w v + 1 start at it: a pad and two slices instead of a
-    gather. Returns (N, rows, columns, side, side).
+    In the flattened tile that entry lies at (8 py + px) window**2 + (py + dy) window + px + dx,
+    so rows read with the strides 8 window**2 + window and window**2 + 1 start at it: a pad and
+    two slices instead of a gather.
     """
-    count, across = products.shape[0], columns + side - 1
-    window = (rows + side - 1) * across
-    stride_y, stride_x = columns * window + across, window + 1
-    flat = products.reshape(count, rows * columns * window)
-    flat = functional.pad(flat, (0, rows * stride_y - rows * columns * window))
-    by_row = flat.view(count, rows, stride_y)[:, :, :columns * stride_x]
-    by_pixel = by_row.reshape(count, rows, columns, stride_x)[..., :side * across]
-    return by_pixel.reshape(count, rows, columns, side, across)[..., :side]
+    count = products.shape[0]
+    stride_y = TILE * window * window + window
+    stride_x = window * window + 1
+    flat = products.reshape(count, TILE * TILE * window * window)
+    flat = functional.pad(flat, (0, TILE * stride_y - flat.shape[1]))
+    by_row = flat.view(count, TILE, stride_y)[:, :, :TILE * stride_x]
+    by_pixel = by_row.reshape(count, TILE, TILE, stride_x)[..., :side * window]
+    return by_pixel.reshape(count, TILE, TILE, side, window)[..., :side]
