@@ -16,8 +16,10 @@
 
 from collections.abc import Iterator
 import copy
+import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,6 +241,65 @@ def test_state_dict_has_exactly_the_published_keys() -> None:
     assert count_parameters(network.fnet) == 1_100_992
     assert count_parameters(network.update_block_s) == 1_830_128
     assert count_parameters(network.update_block) == 2_440_848
+
+
+# The same network written plainly.
+
+
+@pytest.fixture(scope='module')
+def plain(network: DIP) -> Any:
+    """Return the network of bench/plain_dip.py: no reuse, all masks, the shifted stack."""
+    spec = importlib.util.spec_from_file_location('plain_dip', REPOSITORY / 'bench/plain_dip.py')
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = module.PlainDIP().eval()
+    made.load_state_dict(network.state_dict())
+    return made
+
+
+@pytest.mark.parametrize('cold_levels', [(16, 4), (16, 8, 4)])
+def test_cold_it_equals_the_plain_network(plain: Any, cold_levels: tuple[int, ...],
+                                          parity: dict[str, np.ndarray]) -> None:
+    image1, image2 = rgb(parity['image1']), rgb(parity['image2'])
+    height, width = image1.shape[-2:]
+    ours = seeded_dip(DIPConfig(start_flow='zeros', cold_levels=cold_levels))
+    with torch.inference_mode():
+        expected = plain(image1, image2, start=torch.zeros(1, 2, height // 16, width // 16),
+                         levels=cold_levels, iterations=2, warm=False)
+        assert (ours(image1, image2, 2).flow - expected).abs().max() < GATE_PX
+    assert expected.abs().max() > 1
+
+
+@pytest.mark.parametrize(('prior_px', 'levels'), [(20.0, (4,)), (50.0, (8, 4)),
+                                                  (90.0, (16, 8, 4))])
+@pytest.mark.parametrize('direct', [True, False])
+def test_warm_it_equals_the_plain_network(
+        network: DIP, plain: Any, prior_px: float, levels: tuple[int, ...], direct: bool,
+        parity: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all levels, with convolutions of both forms whatever the size of the map."""
+    monkeypatch.setattr('flow_ros.ops.winograd.LEAST_CELLS', 10 ** 9 if direct else 1)
+    image1, image2 = rgb(parity['image1_320']), rgb(parity['image2_320'])
+    height, width = image1.shape[-2:]
+    prior = torch.full((1, 2, height, width), prior_px)
+    start = torch.full((1, 2, height // levels[0], width // levels[0]), prior_px / levels[0])
+    with torch.inference_mode():
+        assert network.start(network.encode(image1), network.encode(image2),
+                             prior_flow=prior).level == levels[0]
+        expected = plain(image1, image2, start=start, levels=levels, iterations=2, warm=True)
+        found = network(image1, image2, 2, prior).flow
+        assert (found - expected).abs().max() < GATE_PX
+    assert (expected - prior).abs().max() > 1
+
+
+def test_the_plain_network_equals_the_published_one(plain: Any,
+                                                    parity: dict[str, np.ndarray]) -> None:
+    image1, image2 = rgb(parity['image1']), rgb(parity['image2'])
+    height, width = image1.shape[-2:]
+    with torch.inference_mode():
+        found = plain(image1, image2, start=torch.zeros(1, 2, height // 16, width // 16),
+                      levels=(16, 4), iterations=1, warm=False)
+    assert np.abs(found.numpy()[..., ::3, ::3] - parity['cold_zero_iters1']).max() < GATE_PX
 
 
 # The matching, against the plainest possible formulation.
