@@ -43,8 +43,9 @@ from torch import Tensor
 from flow_ros.networks.base import Call, FlowNetwork, FlowOutput, State
 from flow_ros.runtimes.base import EngineFault, Lap, run_loop
 
-_MOST_GRAPHS = 6
-"""Each holds GPU memory for its inputs and results: cold and warm at three budgets."""
+_MOST_GRAPHS = 8
+"""Each holds GPU memory for its inputs and results: cold and warm at a fixed budget, or those
+between which a budget of time goes up and down."""
 _MOST_SEEN = 32
 
 ONE_CAPTURE = threading.RLock()

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 import math
 from pathlib import Path
 import threading
-import time
 
 import numpy as np
 from numpy.typing import NDArray
@@ -263,7 +262,7 @@ class FlowEstimator:
         time began (None: now), ``after_ms`` what the caller needs from its return on, and
         ``period_s`` that of the camera (None: learnt from the stamps).
         """
-        came = time.perf_counter() if came is None else came
+        came = self._paces.clock() if came is None else came
         check_frame(frame)
         if not math.isfinite(stamp):
             raise ValueError(f'stamp must be finite, in seconds; seen {stamp}')
@@ -288,7 +287,7 @@ class FlowEstimator:
         height, width = image.shape[-2:]
         priors = [None, image.new_full((1, 2, height, width), PRIOR_PX)]
         for prior in priors if network.accepts_prior else priors[:1]:
-            pace = self._paces.begin(runtime, (height, width), came=time.perf_counter())
+            pace = self._paces.begin(runtime, (height, width), came=self._paces.clock())
             features = network.encode(image, call=runtime.call)
             pace.encoded()
             state = network.start(features, features, prior_flow=prior, call=runtime.call)

@@ -66,13 +66,14 @@ class TimeKept:
 class Paces:
     """The cost books of an estimator, one for each runtime and size, and what begins a pair."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self.clock = clock
         self._books: OrderedDict[Hashable, CostBook] = OrderedDict()
 
     def begin(self, runtime: Runtime, size: tuple[int, int], *, came: float,
               limit_ms: float | None = None, after_ms: float = 0.0, early_stop_px: float = 0.0,
-              output: Hashable = '', clock: Clock = time.perf_counter) -> 'Pace':
-        """Return the pace of a frame whose time began at ``came`` (of ``clock``).
+              output: Hashable = '') -> 'Pace':
+        """Return the pace of a frame whose time began at ``came``, by the clock.
 
         ``output`` tells apart what is done after the steps, which has a cost of its own.
         """
@@ -82,7 +83,7 @@ class Paces:
         if len(self._books) > _MOST_BOOKS:
             self._books.popitem(last=False)
         return Pace(runtime, book, came=came, limit_ms=limit_ms, after_ms=after_ms,
-                    early_stop_px=early_stop_px, output=('output', output), clock=clock)
+                    early_stop_px=early_stop_px, output=('output', output), clock=self.clock)
 
 
 class Pace:
