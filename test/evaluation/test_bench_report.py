@@ -21,7 +21,7 @@ import sys
 import pytest
 
 from flow_ros.evaluation.benchmarks import report
-from flow_ros.evaluation.benchmarks.children import NotMeasured, Refused
+from flow_ros.evaluation.benchmarks.children import NotDone, NotMeasured, Refused
 from flow_ros.evaluation.benchmarks.machine import describe, isa_flags, machine_facts, versions
 from flow_ros.evaluation.benchmarks.peak import MB, PeakMemory
 from flow_ros.evaluation.benchmarks.suite import (
@@ -135,7 +135,7 @@ def test_a_network_has_one_colour_in_all_plots(results):
     assert len({each['dip_rt'] for each in drawn}) == 1
     assert drawn[0]['dip'] == drawn[1]['dip'] != drawn[0]['dip_rt']
     axes = plots.accuracy(found['accuracy']['results']).axes[0]
-    assert (axes.get_xscale(), axes.get_yscale()) == ('log', 'linear')
+    assert (axes.get_xscale(), axes.get_yscale()) == ('log', 'log')
     assert 'ms' in axes.get_xlabel() and 'px' in axes.get_ylabel()
 
 
@@ -249,7 +249,7 @@ def test_what_fails_is_a_line_and_no_end(tmp_path):
     assert {row['network'] for row in result.results} == {'mscsl'} and len(result.results) == 4
     assert result.left_out[0] == {'what': 'dip_rt, openvino f32, 640x480',
                                   'why': 'failed: it was ended by SIGSEGV'}
-    assert saved == list(range(0, 13))  # after each; DIS gave no rows here
+    assert saved == [*range(0, 13), 12]  # after each, and at the end; DIS gave no rows here
     assert told[0] == (0, 13, 'OpenCV DIS') and told[1] == (0, 13, 'OpenCV DIS: working')
     refused = run_part('time', plan(), tmp_path, limit_s=100.0, save=lambda each: None,
                        on_progress=lambda *each: None,
@@ -267,9 +267,16 @@ def test_what_does_not_fit_is_left_out_and_named(tmp_path):
     assert left_out['dip_rt, openvino f32, 1280x720'] == (
         'it would take about 144 s: more with --minutes')
     assert not any(name.startswith('mscsl') for name in left_out)
-    none = run_part('time', plan(), tmp_path, limit_s=0.0, run=Runs(), save=lambda each: None,
-                    on_progress=lambda *each: None)
+    saved = []
+    none = run_part('time', plan(), tmp_path, limit_s=0.0, run=Runs(), on_progress=lambda *_: None,
+                    save=lambda each: saved.append(len(each.left_out)))
+    assert saved == [13]  # what is left out is in the file too
     assert not none.results and len(none.left_out) == 13
+    late = run_part('time', plan(), tmp_path, limit_s=100.0, save=lambda each: None,
+                    on_progress=lambda *each: None,
+                    run=Runs(dip_rt=NotDone('not done after 9 s'), mscsl={'ms_p50': 1.0}))
+    assert late.failed == 0
+    assert late.left_out[0]['why'] == 'not done after 9 s: more with --minutes'
     assert {each['why'] for each in none.left_out} == {'no time was left: more with --minutes'}
 
 

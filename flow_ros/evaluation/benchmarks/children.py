@@ -42,15 +42,19 @@ class Refused(Exception):  # noqa: N818 -- a verdict, as it reads
 
 
 class NotMeasured(Exception):  # noqa: N818 -- a verdict, as it reads
-    """A measurement failed, or was not done in its time."""
+    """A measurement failed."""
+
+
+class NotDone(NotMeasured):
+    """A measurement was not done in its time."""
 
 
 def run_child(kind: str, arguments: Mapping[str, Any], *, limit_s: float | None = None,
               on_progress: Callable[[str], object] = lambda text: None) -> dict[str, Any]:
     """Do one measurement in a new process and return what it found.
 
-    Raises Refused, or NotMeasured where it fails or is not done after ``limit_s``; whatever is
-    raised here (Ctrl-C) ends the process.
+    Raises Refused, NotMeasured where it fails, NotDone where it takes longer than ``limit_s``;
+    whatever is raised here (Ctrl-C) ends the process.
     """
     begin = time.monotonic()
     answers: list[dict[str, Any]] = []
@@ -73,8 +77,10 @@ def run_child(kind: str, arguments: Mapping[str, Any], *, limit_s: float | None 
                   go_on=go_on)
     except ChildDied as error:
         raise NotMeasured(str(error)) from error
-    if late or not answers:
-        raise NotMeasured(f'not done after {limit_s:.0f} s' if late else 'it said nothing')
+    if late:
+        raise NotDone(f'not done after {limit_s:.0f} s')
+    if not answers:
+        raise NotMeasured('it ended and said nothing')
     answer = answers[0]
     if 'refused' in answer:
         raise Refused(answer['refused'])

@@ -89,7 +89,9 @@ def accuracy(rows: Sequence[Row]) -> 'Figure | None':
                 plot.annotate(row['network'].removeprefix('dis_'), (row['ms'], row[measure]),
                               xytext=(4, 5), textcoords='offset points', fontsize=8, color=_DIS)
         _log_axis(plot, 'x', [row['ms'] for row in rows])
-        plot.set_ylim(bottom=0)
+        errors = [row[measure] for row in rows if row[measure] is not None]
+        if min(errors) > 0:
+            _log_axis(plot, 'y', errors)
         _label(plot, 'time per pair from a cold start, ms', title)
     _legend(figure, plots[0], 'Accuracy against time; numbers are budgets')
     return figure
@@ -219,9 +221,13 @@ def _legend(figure: 'Figure', plot: 'Axes', title: str) -> None:
 
 
 def _log_axis(plot: 'Axes', axis: str, values: Sequence[float]) -> None:
-    """Make an axis logarithmic, with plain numbers at 1, 2 and 5 of each power of ten."""
+    """Make an axis logarithmic, with plain numbers at 1, 2 and 5 of each power of ten.
+
+    Where that are too many, at the powers alone.
+    """
     low, high = min(values), max(values)
-    places = [step * 10.0 ** power for power in range(-4, 9) for step in (1, 2, 5)]
+    steps = (1, 2, 5) if high < 500 * low else (1,)
+    places = [step * 10.0 ** power for power in range(-4, 9) for step in steps]
     below = max([place for place in places if place <= low], default=low)
     above = min([place for place in places if place >= high], default=high)
     inside = [place for place in places if below <= place <= above]

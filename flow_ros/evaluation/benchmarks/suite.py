@@ -34,7 +34,7 @@ import tempfile
 import time
 from typing import Any
 
-from flow_ros.evaluation.benchmarks.children import NotMeasured, Refused, run_child
+from flow_ros.evaluation.benchmarks.children import NotDone, NotMeasured, Refused, run_child
 from flow_ros.sources import parse_size
 
 PARTS = ('accuracy', 'time', 'memory', 'budget')
@@ -208,6 +208,8 @@ def run_part(part: str, plan: Plan, folder: Path, *, limit_s: float,
                              number, len(todo), f'{each.name}: {text}'))
         except Refused as error:
             result.left_out.append({'what': each.name, 'why': str(error)})
+        except NotDone as error:
+            result.left_out.append({'what': each.name, 'why': f'{error}: more with --minutes'})
         except NotMeasured as error:
             result.failed += 1
             result.left_out.append({'what': each.name, 'why': f'failed: {error}'})
@@ -221,6 +223,7 @@ def run_part(part: str, plan: Plan, folder: Path, *, limit_s: float,
                 result.results.append(answer)
         result.seconds = round(time.monotonic() - begin, 1)
         save(result)
+    save(result)
     on_progress(len(todo), len(todo), part)
     return result
 
