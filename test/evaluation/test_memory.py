@@ -60,6 +60,7 @@ def test_the_peak_of_dip_rt_grows_no_faster_than_the_pixels():
     assert all(row['warm'] for row in rows)
     small, middle, large = (row['peak_mb'] for row in rows)
     assert 10 < small < middle < large
+    assert all(row['peak_mb'] < row['bound_mb'] for row in rows)
     pixels = [row['megapixels'] for row in rows]
     assert [row['size'] for row in rows] == ['320x240', '640x480', '960x720']
     # Some MB do not depend on the size; beyond them each pixel costs the same, or less.
