@@ -40,6 +40,7 @@ flow are worked on one after the other.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -142,7 +143,15 @@ def _motion_against_background(flow: Tensor) -> Tensor:
     step = 1 + min(flow.shape[-2:]) // _MEDIAN_SIDE
     some = flow[..., ::step, ::step].flatten(2).nan_to_num(0.0, 0.0, 0.0)
     background = some.median(dim=2).values[..., None, None]
-    return torch.hypot(flow[:, 0] - background[:, 0], flow[:, 1] - background[:, 1])
+    across, down = flow[:, 0] - background[:, 0], flow[:, 1] - background[:, 1]
+    # Not hypot or addcmul, which round in other ways on other devices.
+    return _root((across * across).add_(down * down))
+
+
+def _root(values: Tensor) -> Tensor:
+    if values.device.type != 'cpu':
+        return values.sqrt()
+    return torch.from_numpy(np.sqrt(values.detach().numpy()))
 
 
 def _rank(against: Tensor, reliability: Tensor | None) -> Tensor:
