@@ -335,6 +335,11 @@ class Helper:
         """Return the CPU time of all its threads since its start."""
         return 1e-6 * time.clock_gettime_ns(self._clock)
 
+    def page_faults(self) -> int:
+        """Return the pages that it was given since its start, on Linux; else 0."""
+        path = Path(f'/proc/{self._process.pid}/stat')
+        return int(path.read_text().rpartition(')')[2].split()[7]) if path.exists() else 0
+
     def wait(self) -> Any:
         """Return its next answer."""
         assert self._process.stdout is not None
@@ -451,14 +456,16 @@ def measure(size: tuple[int, int], topics: Sequence[str], options: argparse.Name
         for turn in range(options.turns + 1):
             for side in SIDES:
                 helpers['steps'].ask()
-                before = helpers[side].cpu_ms()
+                before, faults = helpers[side].cpu_ms(), helpers[side].page_faults()
                 sent = camera.film(side, options.frames)
                 cpu = (helpers[side].cpu_ms() - before) / len(sent)
+                faults = (helpers[side].page_faults() - faults) / len(sent)
                 found = latencies(sent, helpers['consumer'].ask(), topics,
                                   forward=side != 'floor')
                 if turn == 0:
                     continue  # what is made once
                 rows[side]['cpu'].append(cpu)
+                rows[side]['faults'].append(faults)
                 for name, values in found.items():
                     rows[side][name] += values
                 # A flow node's first frame after a pause pairs with its last one: one too few.
@@ -487,7 +494,8 @@ def summary(size: tuple[int, int], topics: Sequence[str], period: float, rows: d
                              f'{name}_ms_p99': float(np.quantile(values, 0.99))}
         result[side] |= {'cpu_ms': float(np.median(rows[side]['cpu'])),
                          'cpu_ms_least': min(rows[side]['cpu']),
-                         'cpu_ms_most': max(rows[side]['cpu'])}
+                         'cpu_ms_most': max(rows[side]['cpu']),
+                         'page_faults': float(np.median(rows[side]['faults']))}
     floor, node = result['floor']['all_ms_p50'], result['node']['all_ms_p50']
     result['limit_ms'] = LIMIT_SHARE * floor + LIMIT_MS
     result['kept'] = node <= result['limit_ms']
@@ -497,14 +505,15 @@ def summary(size: tuple[int, int], topics: Sequence[str], period: float, rows: d
 def show(result: dict[str, Any]) -> None:
     """Print one size."""
     print(f'\n{result["size"]}, every {result["period_ms"]:.0f} ms, {", ".join(result["topics"])}')
-    print('|  | flow p50 | p99 | all p50 | p99 | CPU ms a frame (of turns) | frames, lost |')
-    print('|---|---|---|---|---|---|---|')
+    print('|  | flow p50 | p99 | all p50 | p99 | CPU ms a frame (of turns) '
+          '| page faults | frames, lost |')
+    print('|---|---|---|---|---|---|---|---|')
     for side in SIDES:
         row = result[side]
         print(f'| {side} | {row["flow_ms_p50"]:.2f} | {row["flow_ms_p99"]:.2f} '
               f'| {row["all_ms_p50"]:.2f} | {row["all_ms_p99"]:.2f} '
               f'| {row["cpu_ms"]:.2f} ({row["cpu_ms_least"]:.2f} to {row["cpu_ms_most"]:.2f}) '
-              f'| {row["frames"]}, {row["lost"]} |')
+              f'| {row["page_faults"]:.0f} | {row["frames"]}, {row["lost"]} |')
     node = result['node']['all_ms_p50']
     print(f'node {node:.2f} ms; {LIMIT_SHARE} times the floor plus {LIMIT_MS:g} ms is '
           f'{result["limit_ms"]:.2f}: {"kept" if result["kept"] else "NOT kept"}')
