@@ -88,11 +88,11 @@ def main() -> None:
               f'{still.still_ms:.1f} ms ({still.still_steps:g} steps, {still.still_steps_most} '
               f'at most): {still.still_ms / still.moving_ms:.2f} of it')
     if 'object' in options.parts:
-        for moved in (2, 4, 8):
+        for moved in (4, 8):
             seen = small_object(runtime, name=options.network, image=images[0], moved_px=moved,
                                 iterations=options.iterations)
             rows['object'].append(asdict(seen))
-            print(f'a square of 12 px that starts to move by {moved} px: {seen.seen_px:.1f} px '
+            print(f'a bright square of 12 px that starts to move by {moved} px: {seen.seen_px:.1f} px '
                   f'seen after {seen.steps} steps, {seen.full_px:.1f} px after all '
                   f'{seen.iterations}')
     if options.json:

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import time
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -219,13 +218,10 @@ def still_scene(runtime: Runtime, *, name: str, images: list[Pixels], iterations
 
 def small_object(runtime: Runtime, *, name: str, image: Pixels, moved_px: int,
                  iterations: int = 8, early_stop_px: float | None = None) -> SmallObject:
-    """Let a square of OBJECT_PX in the middle of a still scene start to move to the right."""
+    """Let a bright square of OBJECT_PX in the middle of a still scene start to move to the right."""
     height, width = image.shape[:2]
     place = (height // 2, width // 2)
-    random = np.random.default_rng(5)
-    texels = random.integers(0, 256, (4, 4, 3)).astype(np.uint8)
-    square = np.asarray(cv2.resize(texels, (OBJECT_PX, OBJECT_PX),
-                                   interpolation=cv2.INTER_NEAREST), dtype=np.uint8)
+    square = np.full((OBJECT_PX, OBJECT_PX, 3), 250, np.uint8)
     scenes = [_with(image, square, place)] * 3 + [_with(image, square,
                                                         (place[0], place[1] + moved_px))]
     frames = [still_frames(scene, 1, seed=k)[0] for k, scene in enumerate(scenes)]
