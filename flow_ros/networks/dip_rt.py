@@ -142,9 +142,10 @@ class ConvNorm(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H/stride, W/stride)."""
         conv, norm = self
-        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-        assert norm.running_mean is not None and norm.running_var is not None
-        if self.training or not runs_on_cpu(x, conv.weight):
+        if (self.training or not isinstance(conv, nn.Conv2d)
+                or not isinstance(norm, nn.BatchNorm2d)  # an export has folded it already
+                or norm.running_mean is None or norm.running_var is None
+                or not runs_on_cpu(x, conv.weight)):
             result: Tensor = norm(conv(x))
             return result
         # The norm of the weights instead of the map: a pass over it less, a tenth of the encoder
