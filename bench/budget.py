@@ -92,9 +92,9 @@ def main() -> None:
             seen = small_object(runtime, name=options.network, image=images[0], moved_px=moved,
                                 iterations=options.iterations)
             rows['object'].append(asdict(seen))
-            print(f'a bright square of 12 px that starts to move by {moved} px: {seen.seen_px:.1f} px '
-                  f'seen after {seen.steps} steps, {seen.full_px:.1f} px after all '
-                  f'{seen.iterations}')
+            print(f'a bright square of 12 px that starts to move by {moved} px: '
+                  f'{seen.seen_px:.1f} px seen after {seen.steps} steps, {seen.full_px:.1f} px '
+                  f'after all {seen.iterations}')
     if options.json:
         options.json.write_text(json.dumps({'results': rows}, indent=1) + '\n')
 

@@ -218,7 +218,7 @@ def still_scene(runtime: Runtime, *, name: str, images: list[Pixels], iterations
 
 def small_object(runtime: Runtime, *, name: str, image: Pixels, moved_px: int,
                  iterations: int = 8, early_stop_px: float | None = None) -> SmallObject:
-    """Let a bright square of OBJECT_PX in the middle of a still scene start to move to the right."""
+    """Let a bright square in the middle of a still scene start to move to the right."""
     height, width = image.shape[:2]
     place = (height // 2, width // 2)
     square = np.full((OBJECT_PX, OBJECT_PX, 3), 250, np.uint8)
