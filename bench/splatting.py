@@ -22,7 +22,8 @@ filling of holes; ``motion``, ``splat``, ``gather`` and ``fill`` are parts of it
 ``explains`` (the scene-cut check of the carried flow, of a scene too fast for the check that
 comes first) happen beside it, ``level`` is what the network does to take it. The whole is
 ``sample + carry + explains + level``. Times are ms: median, and the 10 % and 90 % quantiles.
-``--loaded`` starts a process that keeps one core busy.
+``--loaded`` starts a process that keeps one core busy. Memory is kept as the node keeps it
+(``tune_malloc``); with ``--plain-malloc`` as Python does, where a good part is page faults.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flow_ros.networks.base import check_prior, Features
+from flow_ros.nodes.process import tune_malloc
 from flow_ros.sources import parse_size
 from flow_ros.streaming import warm_start
 from flow_ros.streaming.scene_cut import explains, SMALL
@@ -139,8 +141,10 @@ def main() -> None:
     parser.add_argument('--device', default='cpu')
     parser.add_argument('--repeats', type=int, default=100)
     parser.add_argument('--loaded', action='store_true')
+    parser.add_argument('--plain-malloc', action='store_true')
     parser.add_argument('--json', type=Path)
     options = parser.parse_args()
+    tuned = not options.plain_malloc and tune_malloc()
     torch.set_num_threads(options.threads)
     print(f'{options.device}, {options.threads} threads, torch {torch.__version__}'
           f'{", a second process loads one core" if options.loaded else ""}')
@@ -159,6 +163,7 @@ def main() -> None:
         options.json.write_text(json.dumps({
             'machine': {'system': platform.system(), 'machine': platform.machine()},
             'device': options.device, 'threads': options.threads, 'loaded': options.loaded,
+            'tuned_malloc': tuned,
             'torch': torch.__version__, 'results': rows}, indent=2) + '\n')
 
 
