@@ -64,12 +64,20 @@ def inverse_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor,
     points = pixel_grid(height, width, flow) + flow  # (B, 2, H, W)
     if runs_on_cpu(features_a, features_b, flow):
         grid = normalised(points, height, width)
-        return _correlate_in_turn(features_a, features_b, [
-            grid + grid.new_tensor([2 * dx / max(width - 1, 1), 2 * dy / max(height - 1, 1)])
-            for dx, dy in seeds])
+        steps = _normalised_steps(seeds, int(height), int(width))
+        return _correlate_in_turn(features_a, features_b,
+                                  [grid + step.to(grid.dtype) for step in steps])
     # The seeds enter as numbers: as tensors each would wait for its copy to a GPU.
     return _correlate(features_a, features_b, [
         torch.stack([points[:, 0] + dx, points[:, 1] + dy], dim=1) for dx, dy in seeds])
+
+
+@lru_cache(maxsize=16)
+def _normalised_steps(seeds: Seeds, height: int, width: int) -> tuple[Tensor, ...]:
+    """Return each seed as a step of normalised points."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor([2 * dx / max(width - 1, 1), 2 * dy / max(height - 1, 1)])
+                     for dx, dy in seeds)
 
 
 def clean_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor,

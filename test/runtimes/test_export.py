@@ -411,6 +411,7 @@ def test_dip_in_half_precision_has_the_same_types() -> None:
     assert acts['upsample_4'].outputs[0].dtype == torch.float32
 
 
+@torch.no_grad()  # with gradients a network takes other forms, which round otherwise
 def test_prepared_is_a_copy_and_f32_is_the_network_itself() -> None:
     network = create('dip_rt').train()
     image = images(64, 64)[0]
