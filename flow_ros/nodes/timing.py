@@ -25,26 +25,26 @@ class ArrivalPeriod:
     have a mean. After a pause, longer than so many periods, it is learnt anew.
     """
 
-    def __init__(self, *, spans: int = 30, fewest: int = 3, pause: float = 5.0) -> None:
+    def __init__(self, *, spans: int = 30, fewest: int = 8, pause: float = 5.0) -> None:
         """Remember so many ``spans``; know nothing from less than ``fewest``."""
         self._came: deque[float] = deque(maxlen=spans + 1)
         self._fewest = fewest
         self._pause = pause
+        self._period: float | None = None
 
     def add(self, came: float) -> None:
         """Add the arrival of a frame (s)."""
-        period = self.seconds
-        if period is not None and came - self._came[-1] > self._pause * period:
-            self._came.clear()
-        self._came.append(came)
+        period, times = self._period, self._came
+        if period is not None and times and came - times[-1] > self._pause * period:
+            times.clear()  # what waited meanwhile may come at once: the old period stands
+        times.append(came)
+        if len(times) > self._fewest:
+            self._period = max(1e-6, (times[-1] - times[0]) / (len(times) - 1))
 
     @property
     def seconds(self) -> float | None:
         """The period, None while too few frames are known."""
-        came = tuple(self._came)  # frames arrive in another thread meanwhile
-        if len(came) <= self._fewest:
-            return None
-        return max(1e-6, (came[-1] - came[0]) / (len(came) - 1))
+        return self._period
 
 
 class UsualTime:

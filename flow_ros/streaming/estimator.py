@@ -245,7 +245,7 @@ class FlowEstimator:
             while True:
                 runtime = self._serving.at(height, width)
                 try:
-                    image = torch.zeros(1, 3, height, width, device=runtime.device)
+                    image = upload(np.zeros((height, width, 3), np.uint8), runtime.device)
                     run_acts(runtime.network, image, runtime.call)
                     if self._budget.timed:
                         self._rehearse(runtime, image)

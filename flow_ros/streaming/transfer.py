@@ -34,21 +34,18 @@ OCCLUDED = 0.5
 
 
 def upload(frame: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """Return ``frame`` (H, W, 3) uint8 as (1, 3, H, W) float32 0..255, contiguous, on ``device``.
+    """Return ``frame`` (H, W, 3) uint8 as (1, 3, H, W) float32 0..255 on ``device``.
 
-    The frame may have any strides and be read-only. It travels to a GPU as bytes.
+    The frame may have any strides and be read-only. On the CPU the result is channels last, as
+    the frame is and convolutions like it; on others it is contiguous, and travels as bytes.
     """
+    if device.type == 'cpu':
+        return torch.from_numpy(frame.astype(np.float32, order='C')).permute(2, 0, 1)[None]
     frame = np.ascontiguousarray(frame)
-    if device.type != 'cpu':
-        if not frame.flags.writeable:
-            frame = frame.copy()  # torch warns of memory that it could change
-        image = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None]
-        return image.to(torch.float32, memory_format=torch.contiguous_format)
-    planes = np.empty((3, *frame.shape[:2]), dtype=np.uint8)
-    cv2.split(frame, list(planes))
-    image = torch.empty(1, *planes.shape)
-    image.numpy()[0] = planes
-    return image
+    if not frame.flags.writeable:
+        frame = frame.copy()  # torch warns of memory that it could change
+    image = torch.from_numpy(frame).to(device).permute(2, 0, 1)[None]
+    return image.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def all_finite(values: Tensor) -> bool:

@@ -72,7 +72,7 @@ def test_a_budget_of_time_loses_no_flow_and_tells_what_it_took(world):
         assert fact['ended'] in ('schedule', 'deadline', 'early stop')
     assert float(facts[-1]['predicted_ms']) > 0.0
     assert float(facts[-1]['spent_ms']) <= float(facts[-1]['latency_ms'])
-    assert int(facts[-1]['iterations']) <= 3, 'warm, and iterations is the most'
+    assert int(facts[-1]['iterations']) <= 2 * 3, 'at two levels at most, iterations each'
     # Nothing can be done in a millisecond: a flow comes all the same, and is counted.
     assert world.set(latency_ms=1.0) == [(True, '')]
     since = len(world.process.lines)
@@ -91,7 +91,8 @@ def test_early_stop_is_live(world):
     assert world.set(iterations=4, early_stop_px=100.0) == [(True, '')] * 2
     last = world.start_stream()
     _, facts = film(world, last, 3)
-    assert (facts[-1]['ended'], facts[-1]['iterations']) == ('early stop', '1')
+    assert facts[-1]['ended'] == 'early stop'
+    assert int(facts[-1]['iterations']) <= 2, 'one at each of two levels at most'
 
 
 def test_a_rate_follows_a_camera_that_is_too_fast_for_all_iterations(world):

@@ -158,7 +158,7 @@ def test_a_text_becomes_the_type_of_its_parameter(name, text, value):
 
 @pytest.mark.parametrize(('name', 'text', 'words'), [
     ('iterations', 'many', "iterations is 'many'; expected 0 to 100"),
-    ('scale', '2', r"scale is 2\.0; expected 0\.05 to 1"),
+    ('scale', '2', r'scale is 2\.0; expected 0\.05 to 1'),
     ('scale', 'half', "scale is 'half'; expected 0.05 to 1"),
     ('warm_start', 'yes', "warm_start is 'yes'; expected true, false"),
     ('budget', '3', "budget is '3'; expected one of iterations, latency, rate"),
