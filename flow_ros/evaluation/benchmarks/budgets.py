@@ -227,7 +227,7 @@ def small_object(runtime: Runtime, *, name: str, image: Pixels, moved_px: int,
     frames = [still_frames(scene, 1, seed=k)[0] for k, scene in enumerate(scenes)]
     found = []
     for px in (early_stop_px, 0.0):
-        results = _stream(_estimator(runtime, iterations, px), frames, len(frames))
+        results = _stream(_estimator(runtime, iterations, px), frames, len(frames) - 1)
         result = _flows(results)[-1]
         inner = result.flow[place[0]:place[0] + OBJECT_PX, place[1]:place[1] + OBJECT_PX, 0]
         found.append((result.iterations, float(np.median(inner))))
