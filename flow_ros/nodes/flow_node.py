@@ -135,7 +135,7 @@ class FlowNode(Node):
 
     def _receive(self, message: Image) -> None:
         arrival = Arrival(message, time.perf_counter())
-        self._period.add(arrival.came)
+        self._period.add(arrival.came, missed=self._images.replaced + self._images.lost)
         self._mailbox.put(arrival)
 
     def _receive_camera_info(self, message: CameraInfo) -> None:

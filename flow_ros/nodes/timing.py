@@ -22,24 +22,31 @@ class ArrivalPeriod:
     """The period of the frames that arrive, all of them, by the clock they arrive on.
 
     The mean of the last spans: frames that come in bursts have no typical span, but they do
-    have a mean. After a pause, longer than so many periods, it is learnt anew.
+    have a mean. Frames that were sent and did not arrive count too: a camera is no slower
+    because this machine is. After a pause, longer than so many periods, it is learnt anew.
     """
 
     def __init__(self, *, spans: int = 30, fewest: int = 8, pause: float = 5.0) -> None:
         """Remember so many ``spans``; know nothing from less than ``fewest``."""
-        self._came: deque[float] = deque(maxlen=spans + 1)
+        self._came: deque[tuple[float, int]] = deque(maxlen=spans + 1)
         self._fewest = fewest
         self._pause = pause
         self._period: float | None = None
 
-    def add(self, came: float) -> None:
-        """Add the arrival of a frame (s)."""
-        period, times = self._period, self._came
-        if period is not None and times and came - times[-1] > self._pause * period:
-            times.clear()  # what waited meanwhile may come at once: the old period stands
-        times.append(came)
-        if len(times) > self._fewest:
-            self._period = max(1e-6, (times[-1] - times[0]) / (len(times) - 1))
+    def add(self, came: float, *, missed: int = 0) -> None:
+        """Add the arrival of a frame (s); so many were ``missed`` since the start."""
+        frames = self._came
+        # A camera that is slower from now on makes spans as long as pauses: after one, so many
+        # are taken as they are.
+        if self._period is not None and len(frames) > self._fewest:
+            before, missed_before = frames[-1]
+            if came - before > self._pause * self._period * (1 + max(0, missed - missed_before)):
+                frames.clear()  # what waited meanwhile may come at once: the old period stands
+        frames.append((came, missed))
+        if len(frames) > self._fewest:
+            (first, missed_first), (last, missed_last) = frames[0], frames[-1]
+            sent = len(frames) - 1 + max(0, missed_last - missed_first)
+            self._period = max(1e-6, (last - first) / sent)
 
     @property
     def seconds(self) -> float | None:

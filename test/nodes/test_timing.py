@@ -52,6 +52,20 @@ def test_a_pause_is_no_period_and_what_waited_is_none_either():
     assert period_of(*times, *burst, *again) == pytest.approx(0.1)
 
 
+def test_the_period_follows_a_camera_that_is_ten_times_slower_from_now_on():
+    times = [0.03 * index for index in range(40)]
+    times += [times[-1] + 0.3 * index for index in range(1, 50)]
+    assert period_of(*times) == pytest.approx(0.3)
+
+
+def test_frames_that_were_missed_do_not_make_the_camera_slow():
+    period = ArrivalPeriod()
+    for index in range(60):  # every second one, and none at all for a while
+        period.add(0.1 * 2 * index + (1.0 if index > 30 else 0.0),
+                   missed=index + (10 if index > 30 else 0))
+    assert period.seconds == pytest.approx(0.1)
+
+
 def test_frames_that_arrive_at_once_have_a_period_all_the_same():
     assert period_of(*[1.0] * 12) > 0.0
 
