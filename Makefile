@@ -64,8 +64,8 @@ bench: setup
 	$(BIN)/python -m flow_ros.cli.main bench $(BENCH_OPTIONS)
 
 # What fails does not keep the others from being run.
-bench-all: bench
-	@failed=; for file in $(sort $(wildcard bench/*.py)); do \
+bench-all: setup
+	@failed=; $(MAKE) bench || failed=' make bench'; for file in $(sort $(wildcard bench/*.py)); do \
 		echo "$$file"; $(BIN)/python "$$file" || failed="$$failed $$file"; done; \
 		[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
 
