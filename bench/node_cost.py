@@ -168,7 +168,7 @@ def watch_the_node(watch: Stopwatch) -> None:
     from rclpy.publisher import Publisher
 
     from flow_ros.nodes import flow_node, parameters, publishers
-    from flow_ros.streaming import estimator, pace
+    from flow_ros.streaming import estimator, pace, past
 
     for owner, function, name in (
             (Executor, '_take_subscription', 'take'),
@@ -182,10 +182,11 @@ def watch_the_node(watch: Stopwatch) -> None:
             (flow_node.FlowNode, '_view', 'convert'),
             (estimator.FlowEstimator, '__call__', 'estimator, the rest'),
             (estimator, 'upload', 'upload'),
-            (estimator, 'small_grey', 'scene cut'),
-            (estimator, 'explains', 'scene cut'),
-            (estimator, 'carry', 'warm start'),
-            (estimator, 'sample_flow', 'warm start'),
+            (estimator.FlowEstimator, 'settle', 'settle, after all is published'),
+            (estimator, 'thumbnails', 'scene cut'),
+            (past, 'explains', 'scene cut'),
+            (past, 'carry', 'warm start'),
+            (past, 'sample_flow', 'warm start'),
             (pace, 'checked', 'check'),
             (estimator, 'result_of', 'results'),
             (pace.Pace, 'run', 'budget'),

@@ -44,7 +44,8 @@ from flow_ros.networks.base import check_prior, Features
 from flow_ros.nodes.process import tune_malloc
 from flow_ros.sources import parse_size
 from flow_ros.streaming import warm_start
-from flow_ros.streaming.scene_cut import explains, SMALL
+from flow_ros.streaming.scene_cut import explains
+from flow_ros.streaming.thumbnails import SMALL
 
 OBJECTS = 5
 
@@ -77,8 +78,7 @@ def parts_of(size: tuple[int, int], cell: int,
     values, sums = warm_start._gather(winner, samples.flow, against)
     prior = warm_start.carry(samples, direction='forward')
     random = torch.Generator().manual_seed(1)
-    small_a, small_b = (torch.rand(1, 1, *SMALL, generator=random).to(device) * 255
-                        for _ in range(2))
+    small_a, small_b = (255 * torch.rand(SMALL, generator=random).numpy() for _ in range(2))
     features = Features((torch.zeros(1, 1, 1, 1, device=device),), size)
     level = max(cell, 4)
     shape = (-(-height // 16) * 16 // level, -(-width // 16) * 16 // level)

@@ -117,7 +117,8 @@ class CellFlow:
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> 'CellFlow':
         """Return the same on another device."""
-        return replace(self, flow=self.flow.to(device, dtype))
+        trust = None if self.trust is None else self.trust.to(device)
+        return replace(self, flow=self.flow.to(device, dtype), trust=trust)
 
 
 PriorFlow = Tensor | CellFlow

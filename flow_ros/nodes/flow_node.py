@@ -234,6 +234,7 @@ class FlowNode(Node):
         self._overruns += result.budget_ms is not None and self._latency_ms > result.budget_ms
         for one, fact in zip(told, facts):
             self._inform(*one, previous, frame, values, fact)
+        self._estimator.settle()  # nobody waits for it any more
 
     def _view(self, message: Image,
               values: Mapping[str, Any]) -> tuple[Frame, NDArray[np.uint8]]:

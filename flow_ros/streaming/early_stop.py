@@ -36,9 +36,6 @@ from flow_ros.ops.sampling import resize_flow
 
 DEFAULT_PX = 0.5
 
-BLOCK = 8
-"""px: noise that is independent from pixel to pixel is an eighth in their means."""
-
 LEAST_DIFFERENCE = 2.5
 MOST_DIFFERENCE = 6.0
 """Grey levels between which the difference lies that is more than noise."""
@@ -48,17 +45,12 @@ _NOISE_AT_MOST = 3.0  # so that what moves does not count as noise
 _MOVING_CELLS = 0.5
 
 
-def block_means(frame: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return the grey levels (h, w) of the blocks of ``frame`` (H, W, 3)."""
-    height, width = frame.shape[:2]
-    size = (max(width // BLOCK, 1), max(height // BLOCK, 1))
-    small = cv2.resize(np.ascontiguousarray(frame), size, interpolation=cv2.INTER_AREA)
-    return np.asarray(small.reshape(size[1], size[0], 3).mean(axis=2), dtype=np.float32)
+def differing(blocks_a: NDArray[np.float32], blocks_b: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return (h, w): where two frames differ by more than noise, and the blocks around it.
 
-
-def differing(means_a: NDArray[np.float32], means_b: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return (h, w): where two frames differ by more than noise, and the blocks around it."""
-    difference = np.abs(means_a - means_b)
+    Both are the ``blocks`` of their ``Thumbnails``.
+    """
+    difference = np.abs(blocks_a - blocks_b)
     noise = float(np.minimum(difference, _NOISE_AT_MOST).mean())
     bound = min(max(_NOISES * noise, LEAST_DIFFERENCE), MOST_DIFFERENCE)
     found = (difference > bound).astype(np.uint8)

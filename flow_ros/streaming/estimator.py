@@ -32,18 +32,19 @@ from flow_ros.runtimes.acts import PRIOR_PX, run_acts
 from flow_ros.runtimes.cache import Say
 from flow_ros.runtimes.threads import torch_beside
 from flow_ros.streaming.budget import Budget, StampPeriod
-from flow_ros.streaming.early_stop import block_means, DEFAULT_PX, differing
+from flow_ros.streaming.costs import CostBook
+from flow_ros.streaming.early_stop import DEFAULT_PX, differing
 from flow_ros.streaming.estimate import complete, Estimate, lacks, result_of, REVERSE
 from flow_ros.streaming.pace import Pace, Paces
+from flow_ros.streaming.past import PairFlow, Past
 from flow_ros.streaming.result import FlowResult
-from flow_ros.streaming.scene_cut import explains, small_grey
 from flow_ros.streaming.serving import Serving
+from flow_ros.streaming.settings import Order, OUTPUTS, Settings
 from flow_ros.streaming.stopwatch import Stopwatch
+from flow_ros.streaming.thumbnails import Thumbnails, thumbnails
 from flow_ros.streaming.transfer import upload
-from flow_ros.streaming.warm_start import carry, FlowSamples, sample_flow
 
-DIRECTIONS: tuple[str, ...] = ('forward', 'backward', 'both')
-OUTPUTS: frozenset[str] = frozenset({'flow', 'confidence', 'occlusion'})
+_SETTLE = 'settle'
 
 
 @dataclass(frozen=True)
@@ -52,44 +53,12 @@ class _Frame:
 
     stamp: float
     features: Features
-    small: Tensor  # grey, for scene_cut
-    means: NDArray[np.float32]  # for early_stop
+    thumbnails: Thumbnails
     runtime: Runtime  # whose features these are
     pixels: NDArray[np.uint8] | None  # kept where another runtime may have to encode them
 
 
-@dataclass(frozen=True)
-class _Past:
-    """The flow of the last pair in one direction."""
-
-    samples: FlowSamples
-    dt_s: float
-
-    def to(self, device: torch.device) -> '_Past':
-        """Return the same on another device."""
-        return replace(self, samples=self.samples.to(device))
-
-
-@dataclass(frozen=True)
-class _Order:
-    """All that was asked of a frame as its work began: settings may change meanwhile."""
-
-    iterations: int | None
-    limit_ms: float | None
-    early_stop_px: float
-    direction: str
-    outputs: frozenset[str]
-    warm_start: bool
-    came: float
-    after_ms: float
-
-    @property
-    def ways(self) -> tuple[str, ...]:
-        """The directions that are results."""
-        return ('forward', 'backward') if self.direction == 'both' else (self.direction,)
-
-
-class FlowEstimator:
+class FlowEstimator(Settings):
     """Optical flow of one stream of frames, one object per stream.
 
     Call it with each frame, RGB uint8 (H, W, 3), and its stamp in seconds. It returns None
@@ -131,12 +100,8 @@ class FlowEstimator:
                  threads: int | None = None, precision: str = 'f32',
                  engine_cache: Path | None = None, workspace_mib: int | None = None,
                  say: Say | None = None) -> None:
-        self.budget = budget
-        self.early_stop_px = early_stop_px
-        self.direction = direction
-        self.warm_start = warm_start
-        self.max_gap_s = max_gap_s
-        self.outputs = outputs
+        super().__init__(budget=budget, early_stop_px=early_stop_px, direction=direction,
+                         warm_start=warm_start, max_gap_s=max_gap_s, outputs=outputs)
         self._own_runtime = isinstance(runtime, str)
         if isinstance(runtime, str):
             if isinstance(network, str):
@@ -147,6 +112,7 @@ class FlowEstimator:
         self.runtime = runtime
         self._serving = Serving(runtime)
         self._paces = Paces()
+        self._settling = CostBook()
         self._needs_check = True  # as far as is known
         self.none_reason = ''
         self._lock = threading.Lock()
@@ -156,66 +122,6 @@ class FlowEstimator:
     def network(self) -> FlowNetwork:
         """The network that is run."""
         return self.runtime.network
-
-    @property
-    def budget(self) -> Budget:
-        """How much work one pair may cost."""
-        return self._budget
-
-    @budget.setter
-    def budget(self, budget: Budget) -> None:
-        if not isinstance(budget, Budget):
-            raise ValueError(f'budget must be a Budget; seen {budget!r}: use '
-                             f'Budget(iterations=...)')
-        self._budget = budget
-
-    @property
-    def early_stop_px(self) -> float:
-        """The update of a step, full-resolution px, under which its level is done; 0: none."""
-        return self._early_stop_px
-
-    @early_stop_px.setter
-    def early_stop_px(self, px: float) -> None:
-        if not (math.isfinite(px) and px >= 0):
-            raise ValueError(f'early_stop_px must be at least 0 (0 for no early stop) and '
-                             f'finite; seen {px}')
-        self._early_stop_px = float(px)
-
-    @property
-    def direction(self) -> str:
-        """One of 'forward', 'backward' and 'both'."""
-        return self._direction
-
-    @direction.setter
-    def direction(self, direction: str) -> None:
-        if direction not in DIRECTIONS:
-            raise ValueError(f'direction must be one of {", ".join(DIRECTIONS)}; seen '
-                             f'{direction!r}')
-        self._direction = direction
-
-    @property
-    def max_gap_s(self) -> float:
-        """The longest time between two frames of a pair."""
-        return self._max_gap_s
-
-    @max_gap_s.setter
-    def max_gap_s(self, seconds: float) -> None:
-        if not seconds > 0:
-            raise ValueError(f'max_gap_s must be positive; seen {seconds}')
-        self._max_gap_s = seconds
-
-    @property
-    def outputs(self) -> frozenset[str]:
-        """What is computed; flow always is."""
-        return self._outputs
-
-    @outputs.setter
-    def outputs(self, outputs: Iterable[str]) -> None:
-        asked = frozenset([outputs] if isinstance(outputs, str) else outputs)
-        if not asked <= OUTPUTS:
-            raise ValueError(f'outputs must be of {", ".join(sorted(OUTPUTS))}; seen '
-                             f'{", ".join(sorted(asked - OUTPUTS))}')
-        self._outputs = asked | {'flow'}
 
     @property
     def status(self) -> str:
@@ -274,10 +180,26 @@ class FlowEstimator:
         with self._lock, torch.inference_mode():
             return self._next(frame, float(stamp), came, after_ms, period_s)
 
+    def settle(self) -> None:
+        """Do now, while no frame waits, what the next frame will need of the last flow.
+
+        Call it when the result is handed on. What was not settled is done at the beginning of
+        the next frame; the results are the same.
+        """
+        with self._lock, torch.inference_mode():
+            if self._previous is None or self._past.settled:
+                return
+            began = self._paces.clock()
+            try:
+                with torch_beside(self._previous.runtime):
+                    self._past.settle()
+            except RuntimeError:
+                return  # the next frame meets it again: there another runtime can take over
+            self._settling.learn(_SETTLE, 1e3 * (self._paces.clock() - began))
+
     def _restart(self, reason: str) -> None:
         self._previous: _Frame | None = None
-        # None is a direction whose flow did not explain its frames.
-        self._past: dict[str, _Past | None] = {}
+        self._past = Past(cold_reason=reason)
         self._period = StampPeriod()
         self._cold_reason = reason
 
@@ -303,11 +225,9 @@ class FlowEstimator:
             self._restart(self.none_reason)
         elif self._previous is not None:
             self._period.add(stamp - self._previous.stamp)
-        budget = self._budget
-        order = _Order(iterations=budget.iterations, came=came, after_ms=after_ms,
-                       limit_ms=budget.limit_ms(period_s or self._period.seconds),
-                       early_stop_px=self._early_stop_px, direction=self._direction,
-                       outputs=self._outputs, warm_start=self.warm_start)
+        order = self.order(came=came, after_ms=after_ms,
+                           settle_ms=self._settling.typical(_SETTLE) or 0.0,
+                           period_s=period_s or self._period.seconds)
         while True:
             runtime = self._serving.at(*frame.shape[:2])
             try:
@@ -318,7 +238,7 @@ class FlowEstimator:
                     raise
 
     def _done_by(self, runtime: Runtime, frame: NDArray[np.uint8], stamp: float,
-                 order: _Order) -> FlowResult | None:
+                 order: Order) -> FlowResult | None:
         watch = Stopwatch(runtime.device)
         if self._previous is not None and self._previous.runtime is not runtime:
             self._hand_over(self._previous, runtime)
@@ -340,8 +260,7 @@ class FlowEstimator:
     def _encoded(self, pixels: NDArray[np.uint8], stamp: float, runtime: Runtime) -> _Frame:
         image = upload(pixels, runtime.device)
         kept = self._serving.may_change(*pixels.shape[:2])
-        return _Frame(stamp=stamp, small=small_grey(image), means=block_means(pixels),
-                      runtime=runtime,
+        return _Frame(stamp=stamp, thumbnails=thumbnails(pixels), runtime=runtime,
                       features=runtime.network.encode(image, call=runtime.call),
                       pixels=pixels.copy() if kept else None)
 
@@ -355,10 +274,9 @@ class FlowEstimator:
             self._restart('runtime changed')
             return
         try:
-            self._past = {way: past and past.to(runtime.device)
-                          for way, past in self._past.items()}
+            self._past = self._past.to(runtime.device)
         except RuntimeError:  # of a device that died nothing can be read
-            self._past, self._cold_reason = {}, 'runtime changed'
+            self._past = Past(cold_reason='runtime changed')
         self._previous = self._encoded(previous.pixels, previous.stamp, runtime)
 
     def _why_none(self, size: tuple[int, ...], stamp: float) -> str:
@@ -375,8 +293,8 @@ class FlowEstimator:
             return 'stamp went back'
         return 'gap' if stamp - previous.stamp > self._max_gap_s else ''
 
-    def _pair(self, old: _Frame, new: _Frame, order: _Order, watch: Stopwatch,
-              pace: Pace) -> tuple[FlowResult, dict[str, _Past | None]]:
+    def _pair(self, old: _Frame, new: _Frame, order: Order, watch: Stopwatch,
+              pace: Pace) -> tuple[FlowResult, Past]:
         """Return the result of a pair, and what the next pair starts from."""
         outputs, ways = order.outputs, order.ways
         estimates: dict[str, Estimate] = {}
@@ -391,17 +309,14 @@ class FlowEstimator:
             estimates[way] = self._estimate(way, old, new, order, None, pace, last=True)
             watch.lap('check')
         completed = complete(estimates, outputs)
-        past: dict[str, _Past | None] = {}
-        for way, estimate in completed.items():
-            flow, (a, b) = estimate.output.flow, _ends(way, old, new)
-            if not new.runtime.network.accepts_prior:
-                continue  # nothing of it would be used
-            past[way] = None
-            if explains(flow, a.small, b.small):
-                samples = sample_flow(flow, cell=min(step.level for step in estimate.state.done),
-                                      confidence=estimate.output.confidence,
-                                      occlusion=estimate.output.occlusion)
-                past[way] = _Past(samples=samples, dt_s=new.stamp - old.stamp)
+        flows = {}
+        if new.runtime.network.accepts_prior:  # else nothing of it would be used
+            for way, estimate in completed.items():
+                a, b = _ends(way, old, new)
+                flows[way] = PairFlow.of(
+                    estimate.output, cell=min(step.level for step in estimate.state.done),
+                    small_from=a.thumbnails.small, small_to=b.thumbnails.small,
+                    dt_s=new.stamp - old.stamp)
         results = [result_of(completed[way], direction=way, raw=estimates[way].output,
                              outputs=outputs, stamp_previous=old.stamp, stamp=new.stamp)
                    for way in ways]
@@ -410,13 +325,14 @@ class FlowEstimator:
         results = [replace(result, timings_ms=dict(timings), predicted_ms=kept.predicted_ms,
                            spent_ms=kept.spent_ms, budget_ms=kept.budget_ms,
                            overrun=kept.overrun) for result in results]
-        return replace(results[0], backward=results[1] if results[1:] else None), past
+        result = replace(results[0], backward=results[1] if results[1:] else None)
+        return result, Past(flows, cold_reason=self._cold_reason)
 
     def _expects_check(self, outputs: frozenset[str]) -> bool:
         """Tell whether the other direction will be needed, as the last pair did."""
         return self._needs_check and outputs > {'flow'}
 
-    def _estimate(self, direction: str, old: _Frame, new: _Frame, order: _Order,
+    def _estimate(self, direction: str, old: _Frame, new: _Frame, order: Order,
                   watch: Stopwatch | None, pace: Pace, *, last: bool,
                   other: Estimate | None = None) -> Estimate:
         """Return one direction; ``last``: no other one comes after it."""
@@ -427,11 +343,13 @@ class FlowEstimator:
             ended = '' if state is None else other.ended
         if state is None:
             a, b = _ends(direction, old, new)
-            prior = None
+            prior: PriorFlow | None = None
             if order.warm_start and not network.accepts_prior:
                 cold_reason = f'{network.name} takes no prior flow'
             elif order.warm_start:
-                prior, cold_reason = self._prior(direction, a, b)
+                prior, cold_reason = self._past.prior(
+                    direction, small_from=a.thumbnails.small, small_to=b.thumbnails.small,
+                    dt_s=new.stamp - old.stamp)
                 if watch is not None:
                     watch.lap('warm_start')
             count = order.iterations
@@ -440,21 +358,10 @@ class FlowEstimator:
             state = network.start(a.features, b.features, prior_flow=prior, iterations=count,
                                   call=runtime.call)
         state, output, why = pace.run(state, watch.lap if watch is not None else None,
-                                      differing=differing(old.means, new.means), both=not last)
+                                      differing=differing(old.thumbnails.blocks,
+                                                          new.thumbnails.blocks),
+                                      both=not last)
         return Estimate(output, state, '' if state.warm else cold_reason, ended or why)
-
-    def _prior(self, direction: str, a: _Frame, b: _Frame) -> tuple[PriorFlow | None, str]:
-        """Return the prior flow from a to b, or None and why there is none."""
-        if direction not in self._past:
-            return None, 'direction changed' if self._past else self._cold_reason
-        past = self._past[direction]
-        if past is None:
-            return None, 'scene cut'
-        prior = carry(past.samples, direction=direction,
-                      time_ratio=abs(b.stamp - a.stamp) / past.dt_s)
-        if not explains(prior, a.small, b.small):
-            return None, 'scene cut'
-        return prior, ''
 
 
 def check_frame(frame: NDArray[np.uint8]) -> None:

@@ -23,50 +23,44 @@ more on pans of 120 px a frame; 0.43 or less across 90 cuts between unlike scene
 import math
 
 import cv2
+import numpy as np
+from numpy.typing import NDArray
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from flow_ros.networks.base import CellFlow
 from flow_ros.ops.sampling import warp
+from flow_ros.streaming.thumbnails import SMALL
 
 THRESHOLD = 0.55
-SMALL = (30, 40)
-"""(height, width) of the small images, whatever the aspect of the frames."""
 
 _FLAT = 2.0  # grey levels of contrast, under which there is nothing to compare
 _SAMPLES_PER_CELL = 4
 
 
-def small_grey(image: Tensor) -> Tensor:
-    """Return ``image`` (B, 3, H, W) as (B, 1, 30, 40), grey levels 0..255."""
-    thin = _thinned(image)
-    return _small((thin[:, :1] + thin[:, 1:2]).add_(thin[:, 2:]) / 3)
-
-
-def explains(flow: Tensor | CellFlow | None, small_a: Tensor, small_b: Tensor) -> bool:
+def explains(flow: CellFlow | None, small_a: NDArray[np.float32],
+             small_b: NDArray[np.float32]) -> bool:
     """Tell whether frame b may follow frame a in one scene.
 
-    ``flow``, (B, 2, H, W) or one vector per cell, full-resolution px, leads from a to b on a's
-    grid; None for no motion. Motion is not held against a still picture: it suffices that
-    either fits.
+    ``small_a`` and ``small_b`` (30, 40) are those of their ``Thumbnails``. ``flow``, on any
+    device, leads from a to b on a's grid; None for no motion. Motion is not held against a still
+    picture: it suffices that either fits.
     """
     if _correlation(small_a, small_b) >= THRESHOLD:
         return True
     if flow is None:
         return False
-    if isinstance(flow, CellFlow):
-        (height, width), flow = flow.size, flow.flow
-    else:
-        height, width = flow.shape[-2:]
-    small_flow = _small(_thinned(flow).nan_to_num())
-    motion = torch.cat([small_flow[:, :1] * (SMALL[1] / width),
-                        small_flow[:, 1:] * (SMALL[0] / height)], dim=1)
-    return _correlation(small_a, warp(small_b, motion)) >= THRESHOLD
+    height, width = flow.size
+    small = _small(_thinned(flow.flow).nan_to_num()).cpu()
+    motion = torch.cat([small[:, :1] * (SMALL[1] / width), small[:, 1:] * (SMALL[0] / height)],
+                       dim=1)
+    warped = warp(torch.from_numpy(small_b)[None, None], motion)
+    return _correlation(small_a, warped[0, 0].numpy()) >= THRESHOLD
 
 
 def _thinned(values: Tensor) -> Tensor:
-    """Return a view with a few of the pixels of each small one: their mean will do."""
+    """Return a view with a few of the cells of each small one: their mean will do."""
     height, width = values.shape[-2:]
     step_y = max(1, height // (SMALL[0] * _SAMPLES_PER_CELL))
     step_x = max(1, width // (SMALL[1] * _SAMPLES_PER_CELL))
@@ -85,13 +79,10 @@ def _small(values: Tensor) -> Tensor:
     return small
 
 
-def _correlation(a: Tensor, b: Tensor) -> float:
+def _correlation(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     """Return the correlation of two small images, 1 for two without contrast."""
-    a = (a - a.mean()).flatten()
-    b = (b - b.mean()).flatten()
-    # At once, so that a GPU is waited for once.
-    of_a, of_b, common = torch.stack([a * a, b * b, a * b]).mean(dim=1).tolist()
-    contrast_a, contrast_b = math.sqrt(of_a), math.sqrt(of_b)
+    a, b = (values - values.mean() for values in (a, b))
+    contrast_a, contrast_b = (math.sqrt(float((values * values).mean())) for values in (a, b))
     if max(contrast_a, contrast_b) < _FLAT:
         return 1.0
-    return float(common / max(contrast_a * contrast_b, _FLAT ** 2))
+    return float((a * b).mean()) / max(contrast_a * contrast_b, _FLAT ** 2)

@@ -612,7 +612,7 @@ def test_a_network_that_takes_no_prior_starts_cold_and_says_so(direction, monkey
     def carried(*arguments, **options):
         raise AssertionError('time was spent on a prior that nobody takes')
     for name in ('carry', 'sample_flow', 'explains'):
-        monkeypatch.setattr(f'flow_ros.streaming.estimator.{name}', carried)
+        monkeypatch.setattr(f'flow_ros.streaming.past.{name}', carried)
     flow = estimator(network=Forgetful(), direction=direction)
     flow.prepare(64, 96)
     results = [flow(pan(k), k * DT) for k in range(4)]

@@ -18,12 +18,14 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Generator
 
 from flow_ros.networks import create, save
 from flow_ros.streaming import Budget, FlowEstimator
+from flow_ros.streaming.thumbnails import SMALL
 from flow_ros.synthetic.world import World, WorldConfig
 from flow_ros.training import objectives
 from flow_ros.training.augment import Batch
@@ -108,11 +110,10 @@ def test_a_stream_prior_is_what_the_estimator_starts_from(batch: Batch) -> None:
     estimator = FlowEstimator(network=network, runtime='torch', budget=Budget(iterations=2))
     for stamp, frame in enumerate(frames):
         estimator(frame[0].permute(1, 2, 0).byte().numpy(), 0.1 * stamp)
-    past = estimator._past['forward']
-    assert past is not None
-    samples = past.samples
-    from flow_ros.streaming.warm_start import carry
-    expected = carry(samples, direction='forward').full
+    small = np.zeros(SMALL, np.float32)  # without contrast: one scene
+    carried, _ = estimator._past.prior('forward', small_from=small, small_to=small, dt_s=0.1)
+    assert carried is not None
+    expected = carried.full
     network.train()
     before = {key: value.clone() for key, value in network.named_buffers()}
     prior = stream_prior(network, *frames, iterations=2)
