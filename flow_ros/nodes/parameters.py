@@ -70,7 +70,7 @@ class Parameter:
             return 'true, false'
         if self.minimum is None or self.maximum is None:
             return self.words
-        return f'{self.minimum:g} to {self.maximum:g}'
+        return f'{self.minimum:.10g} to {self.maximum:.10g}'
 
     def refusal(self, value: Value) -> str:
         """Return why ``value`` is not allowed, or an empty text."""
