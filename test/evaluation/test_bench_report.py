@@ -22,7 +22,13 @@ import pytest
 
 from flow_ros.evaluation.benchmarks import report
 from flow_ros.evaluation.benchmarks.children import NotDone, NotMeasured, Refused
-from flow_ros.evaluation.benchmarks.machine import describe, isa_flags, machine_facts, versions
+from flow_ros.evaluation.benchmarks.machine import (
+    describe,
+    isa_flags,
+    machine_facts,
+    versions,
+    without_folders,
+)
 from flow_ros.evaluation.benchmarks.peak import MB, PeakMemory
 from flow_ros.evaluation.benchmarks.suite import (
     Measurement,
@@ -352,3 +358,12 @@ def test_where_the_kernel_does_not_count_the_peak_is_sampled(monkeypatch):
             data[::4096] = b'x' * len(data[::4096])
         del data
     assert 55 < peak.peak_mb < 90
+
+
+@pytest.mark.parametrize(('text', 'left'), [
+    ("OSError: /home/me/runs/a.bin: not there, see '/opt/x/y'",
+     "OSError: a.bin: not there, see 'y'"),
+    ('2.5 MB/s of 3/4 at https://example.org/a/b', '2.5 MB/s of 3/4 at https://example.org/a/b'),
+    ('File "/usr/lib/python3/site-packages/torch/nn.py"', 'File "nn.py"')])
+def test_no_folder_of_this_machine_is_in_a_report(text, left):
+    assert without_folders(text) == left

@@ -18,6 +18,7 @@ import importlib.metadata
 import os
 from pathlib import Path
 import platform
+import re
 from typing import Any
 
 from flow_ros import __version__
@@ -68,6 +69,11 @@ def describe(machine: dict[str, Any], version: dict[str, str]) -> str:
     return (f'{machine["cpu"]}{flags}, {machine["cores"]} cores{memory}, governor '
             f'{machine["governor"]}, GPU: {machine["gpu"]}, {machine["system"]}; load at the '
             f'start {machine["load_1min"]:g}. {packages}.')
+
+
+def without_folders(text: str) -> str:
+    """Return ``text`` with only the last part of each absolute path in it."""
+    return re.sub(r'(?<![\w.:/])/(?:[^\s/\'",:;()]+/)+', '', text)
 
 
 def usable_cores() -> int:

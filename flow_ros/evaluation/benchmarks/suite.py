@@ -35,6 +35,7 @@ import time
 from typing import Any
 
 from flow_ros.evaluation.benchmarks.children import NotDone, NotMeasured, Refused, run_child
+from flow_ros.evaluation.benchmarks.machine import without_folders
 from flow_ros.sources import parse_size
 
 PARTS = ('accuracy', 'time', 'memory', 'budget')
@@ -207,12 +208,13 @@ def run_part(part: str, plan: Plan, folder: Path, *, limit_s: float,
                          on_progress=lambda text, number=number, each=each: on_progress(
                              number, len(todo), f'{each.name}: {text}'))
         except Refused as error:
-            result.left_out.append({'what': each.name, 'why': str(error)})
+            result.left_out.append({'what': each.name, 'why': without_folders(str(error))})
         except NotDone as error:
             result.left_out.append({'what': each.name, 'why': f'{error}: more with --minutes'})
         except NotMeasured as error:
             result.failed += 1
-            result.left_out.append({'what': each.name, 'why': f'failed: {error}'})
+            result.left_out.append({'what': each.name,
+                                    'why': f'failed: {without_folders(str(error))}'})
         else:
             took[each.name] = time.monotonic() - start, answer.get('ms_p50')
             if each.rows:
