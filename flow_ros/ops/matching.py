@@ -74,10 +74,11 @@ def inverse_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor,
 
 @lru_cache(maxsize=16)
 def _normalised_steps(seeds: Seeds, height: int, width: int) -> tuple[Tensor, ...]:
-    """Return each seed as a step of normalised points."""
+    """Return each seed as a step of normalised points (2,), x then y, on the CPU."""
+    steps = np.array(seeds) * 2 / np.maximum([width - 1, height - 1], 1)
+    # Not tensors of the inference mode, which the caller may be in: they stay.
     with torch.inference_mode(False):
-        return tuple(torch.tensor([2 * dx / max(width - 1, 1), 2 * dy / max(height - 1, 1)])
-                     for dx, dy in seeds)
+        return tuple(torch.from_numpy(step.astype(np.float32)) for step in steps)
 
 
 def clean_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor,

@@ -16,6 +16,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+import threading
 
 import torch
 
@@ -29,7 +30,8 @@ def torch_beside(runtime: Runtime) -> Iterator[None]:
     Torch's other threads wait for their next work with their cores at full load, for
     milliseconds: cores that OpenVINO's threads have to share with them. On two cores that is 6
     to 8 % of DIP-RT's frame at 640x480, more than torch's threads save in the little it does
-    between the engines. Other threads of the process keep torch as they have it.
+    between the engines. Other threads of the process keep torch as they have it, or begin with
+    it as they would have.
     """
     before = torch.get_num_threads()
     if runtime.name != 'openvino' or before == 1:
@@ -37,6 +39,16 @@ def torch_beside(runtime: Runtime) -> Iterator[None]:
         return
     torch.set_num_threads(1)
     try:
+        # Torch counts for each thread, but a thread that begins to use it takes the number that
+        # any thread has set last, and keeps that: another estimator would stay at one.
+        _set_elsewhere(before)
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _set_elsewhere(count: int) -> None:
+    """Set torch's number of threads for threads to come, and leave it alone for this one."""
+    thread = threading.Thread(target=torch.set_num_threads, args=(count,))
+    thread.start()
+    thread.join()

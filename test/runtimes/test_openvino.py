@@ -308,8 +308,13 @@ def test_torch_keeps_to_one_thread_of_its_caller_beside_openvino():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
+        later = []
+        other = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
         with torch_beside(runtime):
             assert torch.get_num_threads() == 1
+            other.start()  # it has not used torch before
+            other.join()
+        assert later == [2]
         assert torch.get_num_threads() == 2
         with pytest.raises(KeyError), torch_beside(runtime):
             raise KeyError
