@@ -142,14 +142,13 @@ class ConvNorm(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H/stride, W/stride)."""
         conv, norm = self
-        if (self.training or not isinstance(conv, nn.Conv2d)
-                or not isinstance(norm, nn.BatchNorm2d)  # an export has folded it already
-                or norm.running_mean is None or norm.running_var is None
-                or not runs_on_cpu(x, conv.weight)):
-            result: Tensor = norm(conv(x))
-            return result
+        if (self.training or not isinstance(norm, nn.BatchNorm2d)  # folded by an export
+                or not runs_on_cpu(x, norm.weight)):
+            return super().forward(x)
+        assert isinstance(conv, nn.Conv2d)
+        assert norm.running_mean is not None and norm.running_var is not None
         # The norm of the weights instead of the map: a pass over it less, a tenth of the encoder
-        # in torch. Compilers do that themselves.
+        # in torch. Compilers do that themselves. Nothing is kept: weights may change.
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         return functional.conv2d(x, conv.weight * scale[:, None, None, None],
                                  norm.bias - norm.running_mean * scale, conv.stride,
@@ -218,8 +217,8 @@ class Encoder(nn.Module):
 def convolve_both(conv: nn.Conv2d, first: Tensor, second: Tensor) -> Tensor:
     """Return what ``conv`` makes of the channels of ``first``, then those of ``second``.
 
-    On a CPU each has its share of the convolution, whose sum costs less than joining the two:
-    OpenVINO adds the one while it computes the other.
+    ``conv`` has stride 1 and one group. On a CPU each has its share of the convolution, whose sum
+    costs less than joining the two: OpenVINO adds the one while it computes the other.
     """
     if not runs_on_cpu(first, second, conv.weight):
         return conv(torch.cat([first, second], dim=1))

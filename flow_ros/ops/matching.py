@@ -173,9 +173,10 @@ def _search_by_lists(features_a: Tensor, warped_b: Tensor, radius: int, padding:
         b = torch.cat([b, b.new_zeros((batch, 1, channels))], dim=1)  # what is outside
     # In parts, so that memory is bounded on large maps too.
     tiles = len(own) // pixels
-    at_once = _AT_ONCE_ENGINE if torch.jit.is_tracing() else _AT_ONCE
+    at_once, most = ((_AT_ONCE_ENGINE, _MOST_PARTS) if torch.jit.is_tracing()
+                     else (_AT_ONCE, tiles))
     parts = -(-tiles * batch * window * (channels + pixels) // at_once)
-    step = -(-tiles // min(parts, tiles, _MOST_PARTS))
+    step = -(-tiles // min(parts, tiles, most))
     planes = []
     for first in range(0, tiles, step):
         count = min(step, tiles - first)

@@ -14,6 +14,7 @@
 
 """DIP-RT: its limits, its acts, and that they are the same computation in every guise."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from flow_ros.networks import count_parameters, create, save, WeightsError
-from flow_ros.networks.dip_rt import DipRt, error_probability
+from flow_ros.networks.dip_rt import ConvNorm, DipRt, error_probability
 from flow_ros.ops.sampling import pixel_grid
 
 torch.set_num_threads(1)
@@ -59,6 +60,28 @@ def test_at_most_15_gflop_per_frame_on_a_stream(network: DipRt) -> None:
         network.finish(state)
     assert [step.level for step in state.done] == [16, 16, 8, 8]
     assert 10e9 < counter.get_total_flops() <= 15e9
+
+
+def test_a_norm_in_the_weights_follows_what_becomes_of_them() -> None:
+    """Nothing of it is kept: loaded, trained and copied it is the norm of the map."""
+    torch.manual_seed(0)
+    part = ConvNorm(5, 7, 3, 2).eval()
+    assert set(part.state_dict()) == {'0.weight', '1.weight', '1.bias', '1.running_mean',
+                                      '1.running_var', '1.num_batches_tracked'}
+    x = torch.randn(2, 5, 9, 11)
+    for _ in range(3):
+        with torch.no_grad():
+            folded = part(x)
+        plain = part(x)  # with gradients
+        assert plain.requires_grad and not folded.requires_grad
+        torch.testing.assert_close(folded, plain.detach(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(folded, part[1](part[0](x)).detach(), rtol=0, atol=1e-5)
+        part.train()
+        optimiser = torch.optim.SGD(part.parameters(), lr=1e-3)
+        optimiser.zero_grad()
+        part(3 * x + 1).square().sum().backward()
+        optimiser.step()
+        part = copy.deepcopy(part).eval()
 
 
 @torch.no_grad()

@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flow_ros.ops import matching
 from flow_ros.ops.matching import (
     _correlate_at_once,
+    _search_by_rows,
+    _search_by_windows,
     clean_propagation,
     EIGHT_SEEDS,
     inverse_propagation,
@@ -34,10 +37,10 @@ from flow_ros.ops.matching import (
 from flow_ros.ops.sampling import pixel_grid, warp
 
 
-def plain_search(a: Tensor, b: Tensor, radius: int) -> Tensor:
+def plain_search(a: Tensor, b: Tensor, radius: int, mode: str = 'constant') -> Tensor:
     """Equation 7, one shift at a time."""
     height, width = a.shape[-2:]
-    padded = functional.pad(b, (radius,) * 4)
+    padded = functional.pad(b, (radius,) * 4, mode=mode)
     shifts = range(2 * radius + 1)
     return torch.stack([(a * padded[:, :, dy:dy + height, dx:dx + width]).mean(dim=1)
                         for dy in shifts for dx in shifts], dim=1)
@@ -49,6 +52,26 @@ def test_local_search_is_the_plain_loop(radius: int, size: tuple[int, int]) -> N
     torch.manual_seed(0)
     a, b = torch.randn(2, 16, *size), torch.randn(2, 16, *size)
     assert torch.allclose(local_search(a, b, radius), plain_search(a, b, radius), atol=1e-5)
+
+
+@pytest.mark.parametrize('padding', ['zeros', 'border'])
+@pytest.mark.parametrize('radius', [2, 4, 6])
+@pytest.mark.parametrize('size', [(13, 27), (16, 8)])
+def test_all_forms_of_the_local_search_are_the_plain_loop(
+        size: tuple[int, int], radius: int, padding: str,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU takes lists, in any number of parts; GPUs and training windows; open sizes rows."""
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 16, *size), torch.randn(2, 16, *size)
+    mode = 'constant' if padding == 'zeros' else 'replicate'
+    expected = plain_search(a, b, radius, mode)
+    padded = functional.pad(b, (radius,) * 4, mode=mode)
+    found = [_search_by_windows(a, b, radius, padding), _search_by_rows(a, padded, radius)]
+    for at_once in (1, 10 ** 5, 10 ** 9):
+        monkeypatch.setattr(matching, '_AT_ONCE', at_once)
+        found.append(local_search(a, b, radius, padding))
+    for planes in found:
+        torch.testing.assert_close(planes, expected, rtol=0, atol=1e-5)
 
 
 def test_local_search_has_the_gradient_of_the_plain_loop() -> None:
