@@ -90,7 +90,8 @@ class Runtime(Protocol):
         """Do all the steps of ``state.schedule``, then finish: the state after, the output.
 
         The results are the caller's own, as those of ``call``. ``lap`` is told 'steps' and
-        'finish' as they end; where both are one piece of work, 'steps' once, after it.
+        'finish' as they end; where both are one piece of work, 'steps' once, after it, and
+        'capture' before it where that was just made one.
         ``control`` may leave out steps on the way.
         """
         ...

@@ -194,12 +194,18 @@ class GraphedLoop:
         return len(self._graphs)
 
     def __call__(self, state: State, lap: Lap | None = None) -> tuple[State, FlowOutput]:
-        """Do the steps of ``state`` and finish; the results are the caller's own."""
+        """Do the steps of ``state`` and finish; the results are the caller's own.
+
+        ``lap`` is told 'steps' after a replay, 'capture' before it where it was captured first.
+        """
         if not self.failure:
             inputs = _Inputs(state)
             with self._lock, torch.inference_mode():
+                known = inputs.key in self._graphs
                 graph = self._graph(inputs)
                 if graph is not None:
+                    if lap is not None and not known:
+                        lap('capture')
                     result = self._replay(graph, inputs)
                     if lap is not None:
                         lap('steps')

@@ -64,7 +64,8 @@ class CostBook:
     ``typical`` is the median of the last five samples, so it follows a load that begins or ends
     after three of them, and one outlier changes nothing. ``high`` is the 90 % quantile of the
     last 32, so the margin comes from the spread that was seen, and is forgotten slowly. Of acts
-    that were not done for a while both follow the cost of ``REFERENCE`` since.
+    that were not done for a while both follow the cost of ``REFERENCE`` since, and the margin
+    shrinks: else what was disturbed for a while would look too dear to be done ever again.
     """
 
     def __init__(self) -> None:
@@ -94,7 +95,11 @@ class CostBook:
     def high(self, act: Hashable) -> float | None:
         """Return what nine of ten times is enough, ms; None where it was never done."""
         samples = self._acts.get(act)
-        return None if samples is None else samples.high * self._change(samples)
+        if samples is None:
+            return None
+        fresh = min(1.0, _STALE / max(self._frame - samples.frame, 1))
+        margin = (samples.high - samples.typical) * fresh
+        return (samples.typical + margin) * self._change(samples)
 
     def _change(self, samples: _Samples) -> float:
         """Return how the machine's speed changed since the act was last done, 1 if lately."""

@@ -18,8 +18,9 @@ Where the host waits for each step (the CPU), it is asked after every step what 
 CUDA it is not: steps and output are one piece of work, for which nothing waits in between. There
 the whole schedule is chosen ahead, out of few (``planner.ROUNDS``), because each becomes a CUDA
 graph; what it took is known where the host waits for its results anyway, and is shared out among
-its acts by their cells. An early stop is decided ahead there too: where the two frames do not
-differ and the prior is at rest, each level gets one step.
+its acts by their cells. What a schedule takes until its graph is there, once, is no cost of its
+acts: else they would look too dear to be done again. An early stop is decided ahead there too:
+where the two frames do not differ and the prior is at rest, each level gets one step.
 """
 
 from collections import OrderedDict
@@ -129,10 +130,18 @@ class Pace:
         state = replace(state, schedule=run.planned())
         if first:
             self._predicted = self._prediction(state, both)
-        after, output = self._runtime.loop(state, lap, None if self._ahead else run)
+        laps: list[str] = []
+
+        def told(name: str) -> None:
+            laps.append(name)
+            if lap is not None:
+                lap(name)
+
+        after, output = self._runtime.loop(state, told, None if self._ahead else run)
         output = checked(output, self._runtime)
         self._since = self._clock()
-        run.learn(state, after)
+        replayed = laps == ['steps']
+        run.learn(state, after, once=not replayed and getattr(self._runtime, 'graphed', False))
         return after, output, run.ended(after)
 
     def end(self) -> TimeKept:
@@ -225,8 +234,11 @@ class _Run:
             self._stopped = not self._left
         return self.planned()
 
-    def learn(self, start: State, after: State) -> None:
-        """Learn the output's cost at the end; where nothing was asked, all acts at once."""
+    def learn(self, start: State, after: State, *, once: bool) -> None:
+        """Learn the output's cost at the end; where nothing was asked, all acts at once.
+
+        ``once``: what the run took, it will not take again; better than to know nothing.
+        """
         total = 1e3 * (self._clock() - self._since)
         done = after.done[len(start.done):]
         if self._looks or not done:
@@ -237,7 +249,8 @@ class _Run:
         acts = acts_of(done, Position(start.level))
         cells = [1 / act.level ** 2 for act in acts]
         for act, share in zip(acts, cells):
-            self._book.learn(act, total * share / sum(cells))
+            if not (once and self._book.knows(act)):
+                self._book.learn(act, total * share / sum(cells))
 
     def ended(self, after: State) -> str:
         """Return why the loop ended, in the words of ``FlowResult.ended``."""

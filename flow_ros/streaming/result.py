@@ -33,16 +33,18 @@ class FlowResult:
     ``occlusion_probability`` (H, W) float32 also where the network does not predict it.
     ``steps`` are those really done and ``iterations`` their number. ``cold_reason`` says why
     the start was not warm, '' when it was. ``timings_ms`` holds encode, warm_start, steps,
-    finish (in steps where the runtime does both as one), output, total, and check where the
-    other direction was computed as a check only.
+    finish (in steps where the runtime does both as one, after a capture where it had to be made
+    ready for that), output, total, and check where the other direction was computed as a check
+    only.
     ``backward`` is set when both directions were asked for. Arrays are the receiver's own.
 
     ``predicted_ms`` is what the pair was to take when its steps were planned, from the arrival
-    of its frame until the result is there (None before that is known), and ``spent_ms`` what it
-    did take; ``budget_ms`` is the time that was asked, None where none was, and ``overrun`` says
-    that it was not kept, the time that the caller still needs counted in. ``ended`` is why no
-    more steps were done: 'schedule' (all that was asked), 'deadline' (no time was left for
-    more) or 'early stop' (the last one changed next to nothing).
+    of its frame until the result is there: None before that is known, and without foresight of
+    an early stop. ``spent_ms`` is what it did take; ``budget_ms`` is the time that was asked,
+    None where none was, and ``overrun`` says that it was not kept, the time that the caller
+    still needs counted in. ``ended`` is why no more steps were done: 'schedule' (all that was
+    asked), 'deadline' (no time was left for more) or 'early stop' (the last one changed next to
+    nothing).
     """
 
     flow: NDArray[np.float32]

@@ -17,6 +17,7 @@ import logging
 import threading
 
 from fake_cuda import FakeGraphDevice
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -28,6 +29,8 @@ from flow_ros.runtimes.base import EngineFault, run_loop
 from flow_ros.runtimes.cuda_graphs import CudaGraphDevice, GraphedLoop, ONE_CAPTURE
 from flow_ros.runtimes.torch import TorchRuntime
 from flow_ros.streaming import Budget, FlowEstimator
+from flow_ros.streaming.pace import Paces
+from flow_ros.streaming.planner import ROUNDS
 
 torch.set_num_threads(1)
 
@@ -101,7 +104,9 @@ def same(result, expected):
     torch.testing.assert_close(result[0].memory, expected[0].memory)
     torch.testing.assert_close(result[1].flow, expected[1].flow)
     torch.testing.assert_close(result[1].confidence, expected[1].confidence)
-    assert result[1].occlusion is None
+    assert (result[1].occlusion is None) == (expected[1].occlusion is None)
+    if expected[1].occlusion is not None:
+        torch.testing.assert_close(result[1].occlusion, expected[1].occlusion)
 
 
 def agree(loop, network, *states):
@@ -366,7 +371,7 @@ def test_laps(network, device):
     seen = []
     for _ in range(3):
         loop(state_of(network), seen.append)
-    assert seen == ['steps', 'finish', 'steps', 'steps']
+    assert seen == ['steps', 'finish', 'capture', 'steps', 'steps']
 
 
 def test_threads_share_a_loop(network, device):
@@ -454,3 +459,62 @@ def test_cuda_graphs_on_another_stream_than_the_default():
                                   iterations=3)
             same(loop(state), run_loop(network, state, network.engine))
     assert loop.failure == ''
+
+
+class Paced(TorchRuntime):
+    """Torch with graphs that the CPU pretends, and a clock that only its work moves, in ms.
+
+    A capture takes 200 ms, a loop that is not replayed twice as long as one that is.
+    """
+
+    def __init__(self, network):
+        super().__init__(network, device=torch.device('cpu'))
+        self.graphs = FakeGraphDevice()
+        self._graphed = GraphedLoop(network, self.call, device=self.graphs)
+        self.now, self.load = 0.0, 1.0
+
+    def call(self, engine, /, *tensors):
+        self.now += 0.02 if engine == 'encode' else 0.0
+        return super().call(engine, *tensors)
+
+    def loop(self, state, lap=None, control=None):
+        assert control is None  # nobody looks at the clock meanwhile
+        captures, replays = self.graphs.captures, self.graphs.replays
+        expected = run_loop(self.network, state, self.network.engine)
+        result = super().loop(state, lap)
+        same(result, expected)
+        ms = 10.0 + sum(2.0 if step.level == 16 else 6.0 for step in state.schedule)
+        ms *= self.load * (1 if self.graphs.replays > replays else 2)
+        self.now += (ms + 200.0 * (self.graphs.captures - captures)) / 1e3
+        return result
+
+
+def test_a_budget_of_time_is_planned_ahead_through_graphs():
+    """Few schedules, each a graph, whose results are those of the plain loop."""
+    torch.manual_seed(0)
+    runtime = Paced(create('dip_rt', hidden=8).eval())
+    flow = FlowEstimator(runtime=runtime, budget=Budget(latency_ms=85.0), early_stop_px=0.0,
+                         outputs={'flow'})
+    flow._paces = Paces(clock=lambda: runtime.now)
+    random = np.random.default_rng(0)
+    frames = [random.integers(0, 256, (48, 64, 3)).astype(np.uint8) for _ in range(4)]
+
+    def run(first, count):
+        results = [flow(frames[k % 4], k / 16, came=runtime.now)
+                   for k in range(first, first + count)]
+        return [result for result in results if result is not None]
+
+    results = run(0, 40)
+    assert len(results) == 39
+    for result in results:
+        counts = {[step.level for step in result.steps].count(level)
+                  for level in {step.level for step in result.steps}}
+        assert len(counts) == 1 and counts <= set(ROUNDS)
+    assert not any(result.overrun for result in results[20:])
+    assert results[-1].iterations > 1
+    assert runtime.graphs.replays > 20
+    assert runtime.graphs.captures <= 8
+    runtime.load = 2.0
+    loaded = run(40, 30)
+    assert not any(result.overrun for result in loaded[15:])
+    assert loaded[-1].iterations < results[-1].iterations

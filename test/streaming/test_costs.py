@@ -109,3 +109,18 @@ def test_what_was_long_not_done_follows_the_machine():
     for _ in range(20):
         book.learn(REFERENCE, 0.001)
     assert book.typical('fine step') == pytest.approx(50.0)  # not without bounds
+
+
+def test_what_was_disturbed_once_is_tried_again_some_day():
+    """An act is not done as long as it looks too dear: only then is its margin forgotten."""
+    book = book_of(step=[20.0] * 4 + [90.0] * 4 + [20.0] * 24)
+    assert book.high('step') == 90.0
+    for _ in range(15):
+        book.learn(REFERENCE, 5.0)
+    assert book.high('step') == 90.0
+    for _ in range(160):
+        book.learn(REFERENCE, 5.0)
+    assert book.typical('step') == 20.0
+    assert 20.0 < book.high('step') < 30.0
+    book.learn('step', 20.0)
+    assert book.high('step') >= 85.0  # done again, it has its margin back

@@ -45,6 +45,14 @@ _WARM_UP = 12
 _DIFFERENT = 10
 """Frames that are drawn; they are played forwards and backwards."""
 
+_LOAD = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(100_000):
+        pass
+"""  # ends with its parent, however that ends
+
 Pixels = NDArray[np.uint8]
 
 
@@ -122,7 +130,7 @@ def loaded_core(load: bool = True) -> Iterator[None]:
     if not load:
         yield
         return
-    child = subprocess.Popen([sys.executable, '-c', 'while True: pass'])
+    child = subprocess.Popen([sys.executable, '-c', _LOAD])
     try:
         os.sched_setaffinity(child.pid, {min(os.sched_getaffinity(0))})
         yield
