@@ -88,7 +88,8 @@ class FlowEstimator(Settings):
 
     Each frame is encoded once. The flow is carried to the next pair (``warm_start``), but for
     one that does not explain the frames it leads between: after a scene cut the start is cold.
-    It always is for networks that take no prior flow.
+    It always is for networks that take no prior flow. ``settle``, called between two frames,
+    takes what can be done of that ahead out of the next frame's time.
     """
 
     def __init__(self, *, network: str | FlowNetwork = 'dip_rt',
@@ -170,6 +171,9 @@ class FlowEstimator(Settings):
         """
         came = self._paces.clock() if came is None else came
         check_frame(frame)
+        if not math.isfinite(came):
+            raise ValueError(f'came must be finite, a time of time.perf_counter() in seconds; '
+                             f'seen {came}')
         if not math.isfinite(stamp):
             raise ValueError(f'stamp must be finite, in seconds; seen {stamp}')
         if not (math.isfinite(after_ms) and after_ms >= 0):
@@ -187,7 +191,7 @@ class FlowEstimator(Settings):
         the next frame; the results are the same.
         """
         with self._lock, torch.inference_mode():
-            if self._previous is None or self._past.settled:
+            if self._previous is None or self._past.settled or not self.warm_start:
                 return
             began = self._paces.clock()
             try:

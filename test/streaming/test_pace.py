@@ -322,6 +322,7 @@ def test_bad_settings_are_named(name, bad, message):
 @pytest.mark.parametrize(('arguments', 'message'), [
     ({'after_ms': -1.0}, 'after_ms must be at least 0 and finite; seen -1'),
     ({'after_ms': float('nan')}, 'after_ms must be'),
+    ({'came': float('nan')}, 'came must be finite'),
     ({'period_s': 0.0}, 'period_s must be positive and finite, in seconds; seen 0'),
 ])
 def test_bad_arguments_of_a_frame_are_named(arguments, message):

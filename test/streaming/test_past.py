@@ -155,6 +155,10 @@ def test_settling_is_done_once_and_not_where_nothing_is_open(monkeypatch):
     flow.settle()
     assert len(carried) == 1  # what is forgotten needs nothing
     assert flow(frame(24), 3 * DT) is None
+    flow.warm_start = False
+    flow(frame(32), 4 * DT)
+    flow.settle()
+    assert len(carried) == 1  # nobody will ask for it
 
 
 def test_where_settling_fails_the_flow_stays_and_the_next_frame_meets_it(monkeypatch):
