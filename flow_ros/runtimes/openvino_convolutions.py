@@ -140,8 +140,10 @@ def _at_the_points(node: Any, known: 'Tables') -> Any:
     outputs, inputs = weight.shape[:2]
     kernel = (weight.shape[2], weight.shape[3])
     height, width = list(node.get_output_shape(0))[2:]
-    filters = ops.constant(transformed(weight).transpose(1, 2).contiguous().numpy())
-    points = filters.get_output_shape(0)[0]  # filters are (points, C, K)
+    # (points, K, C), as OpenVINO wants them: what it would have to turn, it would keep once for
+    # each block.
+    filters = ops.constant(transformed(weight).numpy())
+    points = filters.get_output_shape(0)[0]
     rows = ops.reshape(source, _whole([height * width, inputs]), False)
     step = RESULTS if kernel[0] > 1 else 1
     across = -(-width // (RESULTS if kernel[1] > 1 else 1))
@@ -156,7 +158,7 @@ def _at_the_points(node: Any, known: 'Tables') -> Any:
         there, back = known[key]
         tiles = (last - first) * across
         values = ops.reshape(_summed(rows, there), _whole([points, tiles, inputs]), False)
-        products = ops.matmul(values, filters, False, False)
+        products = ops.matmul(values, filters, False, True)
         found.append(_summed(ops.reshape(products, _whole([points * tiles, outputs]), False),
                              back))
     cells = ops.concat(found, 0) if len(found) > 1 else found[0]
