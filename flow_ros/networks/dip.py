@@ -246,12 +246,13 @@ def _gru(hidden: Tensor, motion: Tensor, share: Tensor, convz: nn.Conv2d, convr:
     sum of those of its parts, and the context is the same in all iterations of a level.
     """
     of_gates, of_candidate = share.split([2 * HIDDEN, HIDDEN], dim=1)
+    # In place: of a large map, each temporary less is memory.
     gates = _convolve(torch.cat([hidden, motion], dim=1),
-                      torch.cat([_seen(convz), _seen(convr)]))
-    update, reset = torch.sigmoid(gates + of_gates).chunk(2, dim=1)
+                      torch.cat([_seen(convz), _seen(convr)])).add_(of_gates).sigmoid_()
+    update, reset = gates.split(HIDDEN, dim=1)
     candidate = _convolve(torch.cat([reset * hidden, motion], dim=1), _seen(convq))
-    candidate = torch.tanh(candidate + of_candidate)
-    return (1 - update) * hidden + update * candidate
+    candidate = candidate.add_(of_candidate).tanh_()
+    return torch.lerp(hidden, candidate, update)  # (1 - z) h + z q
 
 
 class ConvGRU(nn.Module):
