@@ -52,8 +52,9 @@ import numpy as np
 import torch
 
 from flow_ros import environment
+from flow_ros.malloc import tune_malloc
 from flow_ros.networks.base import Call, Features, FlowNetwork, FlowOutput, State, Step
-from flow_ros.nodes.process import profile_variable, tune_malloc
+from flow_ros.nodes.process import profile_variable
 from flow_ros.sources import parse_size
 
 ROOT = Path(__file__).resolve().parents[1]

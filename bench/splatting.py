@@ -40,8 +40,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flow_ros.malloc import tune_malloc
 from flow_ros.networks.base import check_prior, Features
-from flow_ros.nodes.process import tune_malloc
 from flow_ros.sources import parse_size
 from flow_ros.streaming import warm_start
 from flow_ros.streaming.scene_cut import explains

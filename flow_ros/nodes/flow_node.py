@@ -42,6 +42,7 @@ from rclpy.qos import ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, Image
 
 from flow_ros.environment import complete
+from flow_ros.malloc import tune_malloc
 from flow_ros.networks import FlowNetwork, WeightsError
 from flow_ros.nodes.complaints import Complaints
 from flow_ros.nodes.frames import Arrival, Frame, why_no_flow
@@ -49,7 +50,6 @@ from flow_ros.nodes.image_input import ImageInput
 from flow_ros.nodes.mailbox import Mailbox
 from flow_ros.nodes.messages import image_to_rgb, MessageError
 from flow_ros.nodes.parameters import declare, LiveValues
-from flow_ros.nodes.process import tune_malloc
 from flow_ros.nodes.publishers import FlowTopics, needed_outputs
 from flow_ros.nodes.qos import input_qos
 from flow_ros.nodes.timing import ArrivalPeriod, UsualTime

@@ -38,10 +38,10 @@ from rclpy.node import Node
 from sensor_msgs.msg import Image
 
 from flow_ros.environment import complete
+from flow_ros.malloc import tune_malloc
 from flow_ros.nodes.info import info_values
 from flow_ros.nodes.live_window import LiveWindow, open_window
 from flow_ros.nodes.messages import image_to_rgb, image_view, MessageError
-from flow_ros.nodes.process import tune_malloc
 from flow_ros.nodes.status import Status
 from flow_ros.visualization import strip
 

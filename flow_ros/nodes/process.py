@@ -12,32 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a node tunes in its own process, or is given by the process that starts it."""
+"""What a node is given by the process that starts it."""
 
 from collections.abc import Mapping
-import ctypes
 import os
-import platform
-
-_PIECE = 64 << 20
-_M_TRIM_THRESHOLD = -1
-_M_TOP_PAD = -2
-_M_MMAP_THRESHOLD = -3
-
-
-def tune_malloc(*, mmap_threshold: int = 32 << 20, trim_threshold: int = 512 << 20) -> bool:
-    """Keep the memory of images between messages; False where this is not glibc.
-
-    By default glibc maps each block of more than 128 kB afresh and returns it when freed, so each
-    image costs a page fault per 4 kB: taking a 640x480 message is five times slower. And the
-    memory of each thread but the first is in pieces of 64 MB, which are returned when they are
-    empty, unless so much padding is asked for that none may go.
-    """
-    if platform.libc_ver()[0] != 'glibc':
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(_M_TOP_PAD, _PIECE) and mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
-                and mallopt(_M_TRIM_THRESHOLD, trim_threshold))
 
 
 def profile_variable(environment: Mapping[str, str] = os.environ) -> str:

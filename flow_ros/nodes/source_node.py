@@ -34,8 +34,8 @@ from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
 
 from flow_ros.environment import complete
+from flow_ros.malloc import tune_malloc
 from flow_ros.nodes.messages import image_to_rgb, to_image
-from flow_ros.nodes.process import tune_malloc
 from flow_ros.sources import Frame, open_source, parse_size, SourceError
 
 PARAMETERS: dict[str, tuple[str | float | int | bool, str]] = {

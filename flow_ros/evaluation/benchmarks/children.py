@@ -24,6 +24,7 @@ import time
 from typing import Any
 
 from flow_ros.apart import ChildDied, run_apart, serve_job
+from flow_ros.malloc import tune_malloc
 
 _HERE = 'flow_ros.evaluation.benchmarks'
 KINDS: Mapping[str, tuple[str, str]] = {
@@ -96,6 +97,8 @@ def main() -> None:
 
 def _work(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> None:
     module, function = KINDS[job['kind']]
+    if job['kind'] != 'memory':  # as in the node: a good part of torch's time is page faults
+        tune_malloc()
     try:
         measure = getattr(importlib.import_module(module), function)
         tell({'result': measure(**job['arguments'], tell=lambda text: tell({'told': str(text)}))})
