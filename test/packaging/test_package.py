@@ -35,7 +35,7 @@ PACKAGE = ROOT / 'flow_ros'
 HEADER = (PACKAGE / '__init__.py').read_text(encoding='utf-8').split('"""')[0].strip()
 
 # What each part may import of flow_ros beside itself; parts not named here are single modules.
-LEAVES = {'flow_io', 'visualization', 'environment', 'sources'}
+LEAVES = {'flow_io', 'visualization', 'environment', 'malloc', 'sources'}
 NODE_PATH = {'ops', 'networks', 'runtimes', 'streaming'}
 ALLOWED = {
     'ops': set(),
@@ -44,12 +44,14 @@ ALLOWED = {
     'streaming': {'ops', 'networks', 'runtimes'},
     'synthetic': {'ops'},
     'training': NODE_PATH | {'synthetic', 'evaluation', 'flow_io', 'visualization'},
-    'evaluation': NODE_PATH | {'synthetic', 'flow_io', 'visualization', 'sources', 'apart'},
+    'evaluation': NODE_PATH | {'synthetic', 'flow_io', 'visualization', 'sources', 'apart',
+                               'malloc'},
     'nodes': NODE_PATH | LEAVES,
     'cli': NODE_PATH | LEAVES | {'nodes', 'synthetic', 'training', 'evaluation'},
     'flow_io': set(),
     'visualization': set(),
     'environment': set(),
+    'malloc': set(),
     'apart': set(),
     'sources': {'synthetic'},
 }
