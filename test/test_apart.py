@@ -83,7 +83,8 @@ def test_messages_come_through_whatever_is_printed(workers) -> None:
     ('dies', 'ended by SIGSEGV: out of luck'),
     ('raises', 'status 1: RuntimeError: out of luck'),
     ('cut', 'ended by SIGKILL')])
-def test_the_end_of_a_process_is_told(workers, way, how) -> None:
+def test_the_end_of_a_process_is_told(workers, monkeypatch, way, how) -> None:
+    monkeypatch.delenv('PYTHONFAULTHANDLER', raising=False)  # its report would come last
     with pytest.raises(ChildDied, match=how):
         run(workers, way)
 

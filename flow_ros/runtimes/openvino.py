@@ -147,6 +147,7 @@ class OpenVinoRuntime:
             save_products(model)
         else:
             _keep_coordinates(model)
+        _name_in_order(model)
         return _Engine(self._core.compile_model(model, 'CPU', self._config), count, by_pixel)
 
 
@@ -274,6 +275,18 @@ def _keep_coordinates(model: Any) -> None:
                 found[source.get_node().get_friendly_name(), source.get_index()] = source
     if found:
         model.add_outputs(list(found.values()))
+
+
+def _name_in_order(model: Any) -> None:
+    """Name each operation by its type and place, and its results not at all.
+
+    The cache knows a model by its names too, and some of them are counted through the whole
+    process, or through a trace: what was done before decided whether a model was found.
+    """
+    for index, node in enumerate(model.get_ordered_ops()):
+        node.set_friendly_name(f'{node.get_type_name()}_{index}')
+        for port in node.outputs():
+            port.get_tensor().set_names(set())
 
 
 def _is_features(port: Any) -> bool:
