@@ -15,8 +15,10 @@
 """A flow node in a process of its own, and a camera and a consumer around it, over real DDS."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 import os
 from pathlib import Path
+import signal
 import subprocess
 import sys
 from threading import Thread
@@ -218,6 +220,18 @@ class World:
         while not future.done() and time.monotonic() < end:
             time.sleep(0.005)
         return future.result()
+
+
+def running_world(weights: Path) -> Iterator[World]:
+    """Give a world whose stream has begun; at its end the node must have ended cleanly."""
+    world = World(weights)
+    world.start_stream()
+    yield world
+    world.close()
+    status = world.process.end(signal.SIGINT)
+    log = '\n'.join(world.process.lines)
+    assert status == 0, log
+    assert 'Traceback' not in log, log
 
 
 def make_header(stamp):

@@ -14,10 +14,9 @@
 
 """Budgets of time, the view and what info tells of them: a real node over real DDS."""
 
-import signal
 import time
 
-from node_world import IMAGE, PERIOD, save_untrained, SIZE, World
+from node_world import IMAGE, PERIOD, running_world, save_untrained, SIZE
 import numpy as np
 import pytest
 from sensor_msgs.msg import CameraInfo
@@ -30,14 +29,8 @@ VIEW_SIZE = (320, 240)
 
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
-    world = World(save_untrained(tmp_path_factory.mktemp('weights') / 'dip_rt.safetensors'))
-    world.start_stream()
-    yield world
-    world.close()
-    status = world.process.end(signal.SIGINT)
-    log = '\n'.join(world.process.lines)
-    assert status == 0, log
-    assert 'Traceback' not in log, log
+    yield from running_world(save_untrained(tmp_path_factory.mktemp('weights')
+                                            / 'dip_rt.safetensors'))
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@
 
 from array import array
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -28,9 +27,9 @@ from node_world import (
     PERIOD,
     Process,
     ROOT,
+    running_world,
     save_untrained,
     SIZE,
-    World,
 )
 import numpy as np
 import pytest
@@ -49,14 +48,7 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def world(weights):
-    world = World(weights)
-    world.start_stream()
-    yield world
-    world.close()
-    status = world.process.end(signal.SIGINT)
-    log = '\n'.join(world.process.lines)
-    assert status == 0, log
-    assert 'Traceback' not in log, log
+    yield from running_world(weights)
 
 
 @pytest.fixture(autouse=True)
