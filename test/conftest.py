@@ -25,6 +25,7 @@ import importlib
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flow_ros.environment import complete
@@ -95,6 +96,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter,
     for package, files in sorted(config.stash[LEFT_OUT].items()):
         terminalreporter.write_line(f'left out, as {package} is not installed: '
                                     f'{len(files)} files: {", ".join(sorted(files))}')
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Give a folder of five images, 120x96, that move by 2 px."""
+    from flow_ros.flow_io import write_image  # here: it needs OpenCV, not all tests do
+
+    noise = np.random.default_rng(5).integers(0, 256, (12, 17, 3), dtype=np.uint8)
+    texture = noise.repeat(8, axis=0).repeat(8, axis=1)
+    place = tmp_path / 'drive'
+    place.mkdir()
+    for index in range(5):
+        write_image(place / f'{index}.png', texture[:, 2 * index:2 * index + 120])
+    return place
 
 
 def missing_package(path: Path) -> str | None:

@@ -23,12 +23,10 @@ import sys
 import time
 
 import cv2
-import numpy as np
 import pytest
 import torch
 
 from flow_ros.cli.main import main
-from flow_ros.flow_io import write_image
 
 RESULT = {'network', 'runtime', 'size', 'iterations', 'warm', 'fps', 'ms_p50', 'ms_p99', 'peak_mb'}
 
@@ -36,18 +34,6 @@ RESULT = {'network', 'runtime', 'size', 'iterations', 'warm', 'fps', 'ms_p50', '
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Give a folder of five images that move."""
-    noise = np.random.default_rng(5).integers(0, 256, (12, 17, 3), dtype=np.uint8)
-    texture = noise.repeat(8, axis=0).repeat(8, axis=1)
-    place = tmp_path / 'drive'
-    place.mkdir()
-    for index in range(5):
-        write_image(place / f'{index}.png', texture[:, 2 * index:2 * index + 120])
-    return place
 
 
 def bench(*words):

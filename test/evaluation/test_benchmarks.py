@@ -54,18 +54,6 @@ def job(**given):
                          'iterations': 2, 'threads': 1} | given))
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Give a folder of five images that move by 2 px."""
-    noise = np.random.default_rng(5).integers(0, 256, (12, 17, 3), dtype=np.uint8)
-    texture = noise.repeat(8, axis=0).repeat(8, axis=1)
-    place = tmp_path / 'drive'
-    place.mkdir()
-    for index in range(5):
-        write_image(place / f'{index}.png', texture[:, 2 * index:2 * index + 120])
-    return place
-
-
 def test_a_stream_is_timed():
     row = measure(job(), silent)
     assert list(row)[:9] == ['network', 'runtime', 'precision', 'size', 'iterations', 'warm',
