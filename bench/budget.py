@@ -15,12 +15,14 @@
 """Time asked against time kept; what a still scene costs; whether a small object is seen.
 
     python bench/budget.py [--network dip_rt] [--runtime openvino] [--latency-ms 100 300] \
-        [--frames 60] [--json FILE]
+        [--rate 7] [--frames 60] [--json FILE]
 
 Asked against kept: a procedural stream that moves, early stop off, alone and while a second
 process, pinned to one core, computes without end. ``kept`` is the 99 % quantile over what was
-asked: at most 1.15 is the goal where two iterations fit at all. The still scene has camera noise
-and runs by turns with the moving one, with the early stop as it is by default.
+asked: at most 1.15 is the goal where two iterations fit at all. ``rate``: frames that come as
+from a camera of so many a second, with the rate as the budget and with a fixed one. The still
+scene has camera noise and runs by turns with the moving one, with the early stop as it is by
+default.
 """
 
 import argparse
@@ -32,6 +34,7 @@ import torch
 
 from flow_ros.evaluation.benchmarks.budgets import (
     keep,
+    keep_up,
     make_runtime,
     moving_frames,
     small_object,
@@ -39,7 +42,7 @@ from flow_ros.evaluation.benchmarks.budgets import (
 )
 from flow_ros.sources import parse_size
 
-PARTS = ('kept', 'still', 'object')
+PARTS = ('kept', 'rate', 'still', 'object')
 
 
 def main() -> None:
@@ -52,6 +55,9 @@ def main() -> None:
     parser.add_argument('--size', default='640x480', help='WIDTHxHEIGHT')
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--latency-ms', type=float, nargs='+', default=[100.0, 300.0])
+    parser.add_argument('--rate', type=float, nargs='+', default=[7.0], help='frames per second')
+    parser.add_argument('--fixed', type=int, default=12,
+                        help='iterations per level of the budget beside the rate')
     parser.add_argument('--frames', type=int, default=60, help='that count, for each row')
     parser.add_argument('--iterations', type=int, default=8, help='of the still scene')
     parser.add_argument('--parts', nargs='+', choices=PARTS, default=list(PARTS))
@@ -79,6 +85,20 @@ def main() -> None:
                       f'of {row.frames} | {row.steps_p50:g} ({row.steps_p10:g}) | '
                       f'{row.two_ms:.1f} | {row.predicted_error_ms:.1f} | '
                       f'{row.without_flow} |', flush=True)
+    if 'rate' in options.parts:
+        print('| frames/s | budget | load | with flow | steps p50 | p50 ms | p99 ms |')
+        print('|---|---|---|---|---|---|---|')
+        for rate in options.rate:
+            for iterations in (None, options.fixed):
+                for loaded in (False, True):
+                    one = keep_up(runtime, name=options.network, precision=options.precision,
+                                  images=images, frames_per_s=rate, loaded=loaded,
+                                  frames=options.frames, iterations=iterations)
+                    rows['rate'].append(asdict(one))
+                    print(f'| {rate:g} | {f"{iterations} iterations" if iterations else "rate"} '
+                          f'| {"one core" if loaded else "none"} | {one.with_flow} of '
+                          f'{one.frames} | {one.steps_p50:g} | {one.ms_p50:.1f} | '
+                          f'{one.ms_p99:.1f} |', flush=True)
     if 'still' in options.parts:
         still = still_scene(runtime, name=options.network, images=images,
                             iterations=options.iterations)

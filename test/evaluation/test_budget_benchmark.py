@@ -51,6 +51,35 @@ def test_a_stream_is_counted_whole(runtime, monkeypatch):
     assert not short.two_iterations_fit
 
 
+class Clock:
+    """A time that passes where somebody sleeps, and ``per_look`` s with every look at it."""
+
+    def __init__(self, per_look):
+        self.now, self.per_look = 0.0, per_look
+
+    def perf_counter(self):
+        self.now += self.per_look
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+def test_frames_that_come_while_one_is_worked_on_are_dropped(runtime, monkeypatch):
+    monkeypatch.setattr(budgets, '_WARM_UP', 2)
+    images = budgets.moving_frames(64, 48)
+    given = {'name': 'dip_rt', 'precision': 'f32', 'images': images, 'loaded': False,
+             'frames': 6, 'frames_per_s': 10.0}
+    monkeypatch.setattr(budgets, 'time', Clock(per_look=1e-3))
+    row = budgets.keep_up(runtime, iterations=1, **given)
+    assert (row.frames, row.with_flow, row.iterations) == (6, 6, 1)
+    assert 0 < row.ms_p50 <= row.ms_p99
+    monkeypatch.setattr(budgets, 'time', Clock(per_look=0.1))  # two looks for each frame
+    assert budgets.keep_up(runtime, iterations=1, **given).with_flow == 3
+    row = budgets.keep_up(runtime, **given)
+    assert (row.iterations, row.steps_p50) == (None, 1)  # each came long ago
+
+
 def test_still_and_moving_are_told_apart(runtime):
     images = budgets.moving_frames(64, 48)
     row = budgets.still_scene(runtime, name='dip_rt', images=images, iterations=4, frames=3)

@@ -93,6 +93,29 @@ class KeptBudget:
 
 
 @dataclass(frozen=True)
+class KeptRate:
+    """A camera's rate, and how many of its frames got a flow.
+
+    Frames that come while one is worked on wait; of those that wait the newest is next, and the
+    others are dropped, as in the node. ``iterations`` are those of a fixed budget, None where
+    the budget was the rate. ``ms_p50`` and ``ms_p99`` are from a frame's coming to its flow.
+    """
+
+    network: str
+    runtime: str
+    precision: str
+    size: str
+    frames_per_s: float
+    loaded: bool
+    iterations: int | None
+    frames: int
+    with_flow: int
+    steps_p50: float
+    ms_p50: float
+    ms_p99: float
+
+
+@dataclass(frozen=True)
 class StillScene:
     """The median time and steps of a frame at ``iterations``: moving, and still with noise."""
 
@@ -200,6 +223,40 @@ def keep(runtime: Runtime, *, name: str, precision: str, images: list[Pixels],
         without_flow=len(results) - len(flows), two_ms=two_ms,
         two_iterations_fit=two_ms <= latency_ms,
         predicted_error_ms=float(np.median(wrong)), spent_ms=tuple(spent))
+
+
+def keep_up(runtime: Runtime, *, name: str, precision: str, images: list[Pixels],
+            frames_per_s: float, loaded: bool, frames: int,
+            iterations: int | None = None) -> KeptRate:
+    """Let ``frames`` frames come at a camera's rate, which is the budget unless ``iterations``."""
+    height, width = images[0].shape[:2]
+    budget = Budget(rate=True) if iterations is None else Budget(iterations=iterations)
+    results: list[FlowResult] = []
+    with loaded_core(loaded):
+        estimator = FlowEstimator(runtime=runtime, budget=budget, early_stop_px=0.0,
+                                  max_gap_s=(_WARM_UP + frames) / frames_per_s)
+        estimator.prepare(height, width)
+        _stream(estimator, images, _WARM_UP // 2)
+        estimator.reset()
+        began, index = time.perf_counter(), 0
+        last = _WARM_UP + frames - 1
+        while index <= last:
+            comes = began + index / frames_per_s
+            time.sleep(max(0.0, comes - time.perf_counter()))
+            result = estimator(images[index % len(images)], index / frames_per_s, came=comes,
+                               period_s=1 / frames_per_s)
+            estimator.settle()
+            if index >= _WARM_UP and result is not None:
+                results.append(result)
+            newest = int((time.perf_counter() - began) * frames_per_s)
+            index = max(index + 1, min(newest, last))
+    spent = [result.spent_ms for result in results]
+    return KeptRate(
+        network=name, runtime=runtime.name, precision=precision, size=f'{width}x{height}',
+        frames_per_s=frames_per_s, loaded=loaded, iterations=iterations, frames=frames,
+        with_flow=len(results),
+        steps_p50=float(np.median([result.iterations for result in results])),
+        ms_p50=float(np.median(spent)), ms_p99=float(np.quantile(spent, 0.99)))
 
 
 def still_scene(runtime: Runtime, *, name: str, images: list[Pixels], iterations: int = 8,
