@@ -187,7 +187,8 @@ class _Engine:
                 self._request.set_output_tensor(index, port)
                 outputs.append(tensor)
             try:
-                self._request.infer()
+                # Shared, or Python copies each output once more for the result of this call.
+                self._request.infer(share_outputs=True)
             except RuntimeError as error:
                 raise EngineFault(f'OpenVINO failed: {str(error).strip()}') from error
         return tuple(tensor.permute(0, 3, 1, 2) if by_pixel else tensor
