@@ -18,7 +18,7 @@ OpenVINO computes 3x3, 1x5 and 5x1 convolutions directly, at the peak of the CPU
 as matrix products at the points, and so are the ways to the points and back: each is one product
 with a small constant matrix, between two lists of rows. On two cores with AVX-512, 3x3, per
 convolution: 64 to 64 channels on a map of 60x80 in 1.04 ms instead of 1.60, 80 to 80 in 1.42
-instead of 2.54, 128 to 128 on 30x40 in 0.87 instead of 1.57, on 112x256 in 20 instead of 38 (28
+instead of 2.54, 128 to 128 on 30x40 in 0.87 instead of 1.57, on 112x256 in 18 instead of 37 (28
 where embedding bags led to the points and back).
 Rounding at the points needs float32: for bf16 this is nothing.
 """
@@ -55,7 +55,9 @@ def save_products(model: Any) -> int:
     """Change the convolutions of ``model`` that are faster at the points; return how many.
 
     What lies between such convolutions, inputs and outputs with their channels last is moved to
-    rows too. Shapes must be fixed and the arithmetic float32.
+    rows too: to (H * W, C), for of a tensor of four dimensions OpenVINO may choose another order,
+    which has cost a copy of each map on both sides of a concatenation. Shapes must be fixed and
+    the arithmetic float32.
     """
     folder = Manager()
     folder.register_pass(ConstantFolding())
@@ -88,47 +90,65 @@ def _order(node: Any) -> list[int] | None:
 
 
 def _rows(output: Any) -> Any:
-    """Return ``output``, (B, C, H, W), as (B, H, W, C)."""
+    """Return ``output``, (1, C, H, W), as (H * W, C)."""
     node = output.get_node()
-    if _order(node) == TO_MAPS:
-        return node.input(0).get_source_output()
+    shape = output.get_shape()
     if node.get_type_name() == 'Constant':
-        return ops.constant(np.transpose(node.data, TO_ROWS)).output(0)
+        return ops.constant(np.transpose(node.data, TO_ROWS).reshape(-1, shape[1])).output(0)
+    last = None
+    if _order(node) == TO_MAPS:
+        last = node.input(0).get_source_output()
+        source = last.get_node()
+        if source.get_type_name() == 'Reshape' and len(source.get_input_shape(0)) == 2:
+            return source.input(0).get_source_output()
     for reader in output.get_target_inputs():
         if _order(reader.get_node()) == TO_ROWS and reader.get_index() == 0:
-            return reader.get_node().output(0)
-    return ops.transpose(output, _whole(TO_ROWS)).output(0)
+            last = last or reader.get_node().output(0)
+    last = last or ops.transpose(output, _whole(TO_ROWS)).output(0)
+    return ops.reshape(last, _whole([shape[2] * shape[3], shape[1]]), False).output(0)
 
 
 def _replace(node: Any, rows: list[Any]) -> None:
-    """Let the readers of ``node`` have ``rows``, its results as (B, H, W, C)."""
+    """Let the readers of ``node`` have ``rows``, its results as (H * W, C)."""
     for output, each in zip(node.outputs(), rows, strict=True):
-        output.replace(ops.transpose(each, _whole(TO_MAPS)).output(0))
+        _, channels, height, width = output.get_shape()
+        last = ops.reshape(each, _whole([1, height, width, channels]), False)
+        output.replace(ops.transpose(last, _whole(TO_MAPS)).output(0))
 
 
 def _move_to_rows(node: Any) -> None:
     """Let ``node`` compute in rows where it is of a kind that can."""
     kind = node.get_type_name()
     sources = [port.get_source_output() for port in node.inputs()]
-    if any(len(output.get_partial_shape()) != 4 for output in node.outputs()):
+    if any(output.get_partial_shape().is_dynamic or len(output.get_shape()) != 4
+           or output.get_shape()[0] != 1 for output in node.outputs()):
         return
+    size = list(node.get_output_shape(0))[2:]
     if kind in UNARY:
         _replace(node, [UNARY[kind](_rows(sources[0])).output(0)])
     elif kind in BINARY:
-        if all(len(source.get_partial_shape()) in (0, 4) for source in sources):
-            given = [_rows(source) if len(source.get_partial_shape()) == 4 else source
+        if all(_spreads(source, size) for source in sources):
+            given = [_rows(source) if len(source.get_shape()) == 4 else source
                      for source in sources]
             _replace(node, [BINARY[kind](*given).output(0)])
     elif kind == 'Concat' and node.get_attributes()['axis'] in (1, -3):
-        _replace(node, [ops.concat([_rows(source) for source in sources], 3).output(0)])
+        _replace(node, [ops.concat([_rows(source) for source in sources], 1).output(0)])
     elif kind in ('Split', 'VariadicSplit'):
         axis = sources[1].get_node()
         if axis.get_type_name() == 'Constant' and int(axis.data) in (1, -3):
             whole = _rows(sources[0])
-            parts = (ops.split(whole, _whole(3), node.get_attributes()['num_splits'])
+            parts = (ops.split(whole, _whole(1), node.get_attributes()['num_splits'])
                      if kind == 'Split' else
-                     ops.variadic_split(whole, _whole(3), sources[2]))
+                     ops.variadic_split(whole, _whole(1), sources[2]))
             _replace(node, parts.outputs())
+
+
+def _spreads(source: Any, size: list[int]) -> bool:
+    """Return whether ``source`` as rows meets rows of maps of ``size`` (H, W) as it did maps."""
+    if source.get_partial_shape().is_dynamic:
+        return False
+    shape = list(source.get_shape())
+    return shape == [] or (len(shape) == 4 and shape[0] == 1 and shape[2:] in (size, [1, 1]))
 
 
 def _gains(node: Any) -> bool:
@@ -159,8 +179,8 @@ def _share(outputs: int, inputs: int, kernel: list[int]) -> float:
 
 
 def _at_the_points(node: Any, shared: 'Shared') -> Any:
-    """Return what computes the same as the convolution ``node``, (1, H, W, K)."""
-    source = _rows(node.input(0).get_source_output())
+    """Return what computes the same as the convolution ``node``, (H * W, K)."""
+    source = node.input(0).get_source_output()
     weight = torch.from_numpy(node.input(1).get_source_output().get_node().data.copy())
     outputs, inputs, *kernel = weight.shape
     height, width = list(node.get_output_shape(0))[2:]
@@ -176,42 +196,43 @@ def _at_the_points(node: Any, shared: 'Shared') -> Any:
     at_once = -(-down // blocks)
     parts = [range(first, min(first + at_once, down)) for first in range(0, down, at_once)]
     key = (source.get_node().get_friendly_name(), source.get_index(), *kernel)
-    values = shared.get(key) or _to_the_points(source, (kernel[0], kernel[1]), parts, across)
+    values = shared.get(key) or _to_the_points(_rows(source), (height, width),
+                                               (kernel[0], kernel[1]), parts, across)
     if blocks == 1:
         shared[key] = values
     found = []
-    for each in values:
-        tiles = each.get_shape()[1]
+    for part, each in zip(parts, values):
+        tiles = len(part) * across
         products = ops.matmul(each, filters, False, True)  # (points, tiles, K)
         products = ops.reshape(products, _whole([points, tiles * outputs]), False)
         results = ops.matmul(back, products, False, False)
-        found.append(ops.reshape(results, _whole([-1, outputs]), False))
+        results = ops.reshape(results, _whole([-1, outputs]), False)
+        place = _places(height, width, len(back_y), len(back_x), part)
+        found.append(ops.gather(results, ops.constant(place), _whole(0)))
     whole = ops.concat(found, 0) if len(found) > 1 else found[0]
-    place = _places(height, width, len(back_y), len(back_x), parts)
-    return ops.reshape(ops.gather(whole, ops.constant(place), _whole(0)),
-                       _whole([1, height, width, outputs]), False).output(0)
+    return whole.output(0)
 
 
-def _to_the_points(source: Any, kernel: tuple[int, int], parts: list[range],
-                   across: int) -> list[Any]:
+def _to_the_points(source: Any, size: tuple[int, int], kernel: tuple[int, int],
+                   parts: list[range], across: int) -> list[Any]:
     """Return the values (points, tiles, C) of each of the ``parts``, which are tile rows.
 
-    ``source`` is a map (1, H, W, C); outside of it is zero.
+    ``source`` are the rows (H * W, C) of a map of ``size``; outside of it is zero.
     """
     (back_y, _, in_y), (back_x, _, in_x) = (matrices(taps) for taps in kernel)
     there = ops.constant(np.kron(in_y, in_x).astype(np.float32))  # (points, inputs of a tile)
-    _, height, width, channels = source.get_shape()
-    rows = ops.concat([ops.reshape(source, _whole([height * width, channels]), False),
-                       ops.constant(np.zeros((1, channels), np.float32))], 0)
+    height, width = size
+    channels = source.get_shape()[1]
     found = []
     for part in parts:
         i, j, tile_y, tile_x = np.ix_(range(len(in_y)), range(len(in_x)), part, range(across))
         y = tile_y * len(back_y) + i - kernel[0] // 2
         x = tile_x * len(back_x) + j - kernel[1] // 2
         inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+        # Of a row that is not there OpenVINO gathers zeros.
         number = np.where(inside, y * width + x, height * width).astype(np.int32)
         points, tiles = len(in_y) * len(in_x), len(part) * across
-        taken = ops.gather(rows, ops.constant(number.reshape(-1)), _whole(0))
+        taken = ops.gather(source, ops.constant(number.reshape(-1)), _whole(0))
         taken = ops.reshape(taken, _whole([points, tiles * channels]), False)
         values = ops.matmul(there, taken, False, False)
         found.append(ops.reshape(values, _whole([points, tiles, channels]), False).output(0))
@@ -219,19 +240,13 @@ def _to_the_points(source: Any, kernel: tuple[int, int], parts: list[range],
 
 
 def _places(height: int, width: int, step_y: int, step_x: int,
-            parts: list[range]) -> NDArray[np.int32]:
-    """Return where each cell of the map is among the results of all ``parts``.
-
-    Those of a part are (results of a tile, tiles), one part after the other.
-    """
-    across, found, before = -(-width // step_x), [], 0
-    for part in parts:
-        y, x = np.ix_(range(part.start * step_y, min(part.stop * step_y, height)), range(width))
-        tile = (y // step_y - part.start) * across + x // step_x
-        result = y % step_y * step_x + x % step_x
-        found.append(before + result * len(part) * across + tile)
-        before += step_y * step_x * len(part) * across
-    return np.concatenate(found).reshape(-1).astype(np.int32)
+            part: range) -> NDArray[np.int32]:
+    """Return where each cell of a part's rows is among its results, (results of a tile, tiles)."""
+    across = -(-width // step_x)
+    y, x = np.ix_(range(part.start * step_y, min(part.stop * step_y, height)), range(width))
+    tile = (y // step_y - part.start) * across + x // step_x
+    result = y % step_y * step_x + x % step_x
+    return (result * len(part) * across + tile).reshape(-1).astype(np.int32)
 
 
 def _whole(values: Any) -> Any:
