@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flow_ros.ops.exporting import are_open, is_exporting, runs_on_cpu
-from flow_ros.ops.sampling import normalised, pixel_grid, sample, sample_grid
+from flow_ros.ops.sampling import cells, corners, pixel_grid, sample, sum_cells
 
 Seeds = tuple[tuple[int, int], ...]
 
@@ -63,22 +63,19 @@ def inverse_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor,
     height, width = features_a.shape[-2:]
     points = pixel_grid(height, width, flow) + flow  # (B, 2, H, W)
     if runs_on_cpu(features_a, features_b, flow):
-        grid = normalised(points, height, width)
-        steps = _normalised_steps(seeds, int(height), int(width))
-        return _correlate_in_turn(features_a, features_b,
-                                  [grid + step.to(grid.dtype) for step in steps])
+        return _correlate_cells(features_a, features_b, (
+            points[:, :, None] + _steps(seeds)[:, :, None, None]).flatten(3))
     # The seeds enter as numbers: as tensors each would wait for its copy to a GPU.
     return _correlate(features_a, features_b, [
         torch.stack([points[:, 0] + dx, points[:, 1] + dy], dim=1) for dx, dy in seeds])
 
 
 @lru_cache(maxsize=16)
-def _normalised_steps(seeds: Seeds, height: int, width: int) -> tuple[Tensor, ...]:
-    """Return each seed as a step of normalised points (2,), x then y, on the CPU."""
-    steps = np.array(seeds) * 2 / np.maximum([width - 1, height - 1], 1)
-    # Not tensors of the inference mode, which the caller may be in: they stay.
+def _steps(seeds: Seeds) -> Tensor:
+    """Return the seeds as steps (2, S) px, x then y, on the CPU."""
+    # Not a tensor of the inference mode, which the caller may be in: it stays.
     with torch.inference_mode(False):
-        return tuple(torch.from_numpy(step.astype(np.float32)) for step in steps)
+        return torch.tensor(seeds, dtype=torch.float32).t()
 
 
 def clean_propagation(features_a: Tensor, features_b: Tensor, flow: Tensor,
@@ -106,24 +103,35 @@ def shifted_flows(flow: Tensor, seeds: Seeds = SEEDS) -> list[Tensor]:
 def _correlate(features_a: Tensor, features_b: Tensor, targets: list[Tensor]) -> Tensor:
     """Return the planes <F1(x), F2(target(x))> / C, one for each of ``targets``.
 
-    On CPUs one map a target, in single precision and channels first: four times faster,
-    forward and backward, than one call for all of them or half precision. On GPUs, and in
-    graphs, which are meant for them, one call: the maps are small there, and what counts is how
-    many kernels are launched.
+    On GPUs, and in graphs, which are meant for them, one call: the maps are small there, and what
+    counts is how many kernels are launched. On CPUs one target after the other; where that is
+    trained one map a target, in single precision and channels first: four times faster, forward
+    and backward, than one call for all of them or half precision.
     """
+    if runs_on_cpu(features_a, features_b, *targets):
+        return _correlate_cells(features_a, features_b, torch.stack(
+            [points.flatten(2) for points in targets], dim=2))
     a = features_a.to(targets[0].dtype).contiguous()
     b = features_b.to(targets[0].dtype).contiguous()
     if a.is_cuda or is_exporting():
         return _correlate_at_once(a, b, targets)
-    return _correlate_in_turn(a, b, [normalised(points, *a.shape[-2:]) for points in targets])
-
-
-def _correlate_in_turn(features_a: Tensor, features_b: Tensor, grids: list[Tensor]) -> Tensor:
-    """Sample one map for each of ``grids``, which are normalised targets."""
-    a = features_a.to(grids[0].dtype).contiguous()
-    b = features_b.to(grids[0].dtype).contiguous()
-    return torch.cat([(a * sample_grid(b, grid)).mean(dim=1, keepdim=True) for grid in grids],
+    return torch.cat([(a * sample(b, points)).mean(dim=1, keepdim=True) for points in targets],
                      dim=1)
+
+
+def _correlate_cells(features_a: Tensor, features_b: Tensor, points: Tensor) -> Tensor:
+    """Do so with the cells of the maps, for ``points`` (B, 2, S, H * W): on CPUs.
+
+    Where and with what shares to read is worked out for all targets at once; the sampled maps
+    follow each other, so that one of them is in the cache, not all.
+    """
+    batch, _, height, width = (int(size) for size in features_a.shape)
+    count = int(points.shape[2])
+    a, b = cells(features_a.to(points.dtype)), cells(features_b.to(points.dtype))
+    index, share = corners(points.flatten(2), height, width)
+    of_each = zip(index.chunk(count, dim=1), share.chunk(count, dim=1), strict=True)
+    planes = [(a * sum_cells(b, *each)).mean(dim=1) for each in of_each]
+    return torch.stack([plane.reshape(batch, height, width) for plane in planes], dim=1)
 
 
 def _correlate_at_once(a: Tensor, b: Tensor, targets: list[Tensor]) -> Tensor:

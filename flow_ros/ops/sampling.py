@@ -21,6 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from flow_ros.ops.exporting import runs_on_cpu
+
+LEAST_CHANNELS = 16
+"""From which on, on CPUs, pixels are read whole: all channels of a pixel in one go."""
+
 
 def pixel_grid(height: int, width: int, like: Tensor) -> Tensor:
     """Return the pixel coordinates (1, 2, H, W), x then y, in ``like``'s type and device."""
@@ -37,6 +42,14 @@ def sample(image: Tensor, points: Tensor, padding: str = 'border') -> Tensor:
     computed in that of the points: half precision cannot address 2048 px and more.
     """
     height, width = image.shape[-2:]
+    if (padding == 'border' and image.shape[1] >= LEAST_CHANNELS
+            and runs_on_cpu(image, points)):
+        batch, channels, rows, columns = (int(size) for size in
+                                          (*image.shape[:2], *points.shape[-2:]))
+        found = sum_cells(cells(image.to(points.dtype)),
+                          *corners(points.flatten(2), int(height), int(width)))
+        found = found.reshape(batch, rows, columns, channels).permute(0, 3, 1, 2)
+        return found.to(image.dtype)
     return sample_grid(image, normalised(points, height, width), padding)
 
 
@@ -55,6 +68,46 @@ def sample_grid(image: Tensor, grid: Tensor, padding: str = 'border') -> Tensor:
     sampled = functional.grid_sample(image.to(grid.dtype), grid, mode='bilinear',
                                      padding_mode=padding, align_corners=True)
     return sampled.to(image.dtype)
+
+
+def cells(image: Tensor) -> Tensor:
+    """Return ``image`` (B, C, H, W) as (B * H * W, C): a pixel's channels are a row."""
+    return image.permute(0, 2, 3, 1).reshape(-1, int(image.shape[1]))
+
+
+def corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the four ``cells`` about each point, and their bilinear shares: (B, N, 4) each.
+
+    ``points`` (B, 2, N), x then y, are px of maps of ``height`` x ``width``, whose borders are
+    replicated. The numbers are int32; they exist whatever the points are, NaN too.
+    """
+    x = points[:, 0].clamp(0, width - 1)
+    y = points[:, 1].clamp(0, height - 1)
+    last_x, last_y = max(width - 2, 0), max(height - 2, 0)
+    left, upper = x.floor().clamp(max=last_x), y.floor().clamp(max=last_y)
+    first = (upper.int() * width + left.int()).clamp(0, last_y * width + last_x)
+    if points.shape[0] > 1:
+        first = first + torch.arange(int(points.shape[0]), dtype=torch.int32)[:, None] * (
+            height * width)
+    across, down = min(width - 1, 1), min(height - 1, 1) * width
+    index = first[..., None] + torch.tensor([0, across, down, down + across],
+                                            dtype=torch.int32)
+    right, lower = (x - left)[..., None], (y - upper)[..., None]
+    # 1 - right, right, 1 - right, right, and so down.
+    share_x = right * right.new_tensor([-1, 1, -1, 1]) + right.new_tensor([1, 0, 1, 0])
+    share_y = lower * lower.new_tensor([-1, -1, 1, 1]) + lower.new_tensor([1, 1, 0, 0])
+    return index, share_x * share_y
+
+
+def sum_cells(rows: Tensor, index: Tensor, share: Tensor) -> Tensor:
+    """Return the sums (B * N, C) of the ``rows`` at ``index`` (B, N, K), times their shares.
+
+    A pixel's channels are one piece of memory: on CPUs this takes a third (torch) to a half
+    (OpenVINO) of the time of a sampling that takes up one channel after the other.
+    """
+    count = int(index.shape[-1])
+    return functional.embedding_bag(index.reshape(-1, count), rows, mode='sum',
+                                    per_sample_weights=share.reshape(-1, count))
 
 
 def warp(image: Tensor, flow: Tensor, padding: str = 'border') -> Tensor:

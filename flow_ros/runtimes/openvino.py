@@ -253,7 +253,7 @@ def _fastest(core: Any) -> str:
 
 
 def _keep_coordinates(model: Any) -> None:
-    """Keep what says where ``model`` samples in float32.
+    """Keep what says where ``model`` samples, and with what shares, in float32.
 
     OpenVINO computes nothing in bf16 between the last convolution or product and an output, so
     every such value is made one; nobody reads it. In bf16, with 8 bits, a grid is wrong by up to
@@ -264,6 +264,8 @@ def _keep_coordinates(model: Any) -> None:
     for node in model.get_ops():
         if node.get_type_name() == 'GridSample':
             sources = [node.input(1).get_source_output()]
+        elif node.get_type_name() == 'EmbeddingBagOffsets':
+            sources = [node.input(4).get_source_output()]  # the shares of the cells
         elif node.get_type_name() == 'Floor':
             whole = node.input(0).get_source_output()
             readers = [port.get_node() for port in whole.get_target_inputs()]

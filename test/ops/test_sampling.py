@@ -17,7 +17,17 @@
 import pytest
 import torch
 
-from flow_ros.ops.sampling import inside, pad_to_multiple, pixel_grid, resize_flow, sample, warp
+from flow_ros.ops.sampling import (
+    inside,
+    LEAST_CHANNELS,
+    normalised,
+    pad_to_multiple,
+    pixel_grid,
+    resize_flow,
+    sample,
+    sample_grid,
+    warp,
+)
 
 
 def test_sample_reads_pixels_and_their_means() -> None:
@@ -75,3 +85,24 @@ def test_pixel_grid_is_x_then_y() -> None:
     grid = pixel_grid(2, 3, torch.zeros(1))
     assert grid[0, 0].tolist() == [[0, 1, 2], [0, 1, 2]]
     assert grid[0, 1].tolist() == [[0, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize('size', [(7, 9), (1, 9), (7, 1), (1, 1)])
+@pytest.mark.parametrize('batch', [1, 2])
+def test_reading_whole_pixels_is_sampling(size: tuple[int, int], batch: int) -> None:
+    torch.manual_seed(0)
+    image = torch.randn(batch, LEAST_CHANNELS, *size)
+    points = torch.randn(batch, 2, 4, 5) * 6 + 3  # some outside
+    expected = sample_grid(image, normalised(points, *size))
+    assert torch.allclose(sample(image, points), expected, atol=1e-5)
+    with_gradient = sample(image.requires_grad_(), points)  # the other way
+    assert torch.allclose(with_gradient, expected, atol=1e-5)
+
+
+def test_a_point_that_is_no_number_takes_nothing_from_outside() -> None:
+    image = torch.ones(1, LEAST_CHANNELS, 4, 5)
+    points = torch.full((1, 2, 1, 3), 2.0)
+    points[0, :, 0] = torch.tensor([[float('nan'), float('inf'), -float('inf')]] * 2)
+    found = sample(image, points)
+    assert found[..., 0].isnan().all()
+    assert torch.equal(found[..., 1:], torch.ones(1, LEAST_CHANNELS, 1, 2))
