@@ -198,7 +198,8 @@ def watch_the_node(watch: Stopwatch) -> None:
             (publishers.ColorScale, 'follow', 'colour'),
             (publishers, 'flow_to_color', 'colour'),
             (publishers, 'confidence_to_mono', 'colour'),
-            (publishers, 'to_image', 'build messages'),
+            (publishers.ImageTopic, 'pixels', 'build messages'),
+            (publishers.ImageTopic, 'send', 'build messages'),
             (publishers, 'make_info', 'info'),
             (publishers, 'viewed_camera_info', 'build messages'),
             (Publisher, 'publish', 'publish')):

@@ -21,7 +21,6 @@ invalid.
 
 from collections.abc import Sequence
 from functools import lru_cache
-import math
 from typing import Any
 
 import cv2
@@ -37,7 +36,7 @@ WHEEL_RADIUS = 512
 WHEEL_REACH = 768
 WHEEL_DIRECTIONS = (0.0, 90.0, 180.0, 270.0, 360.0)  # right, down, left, up, right
 WHEEL_HUES = (0.0, 75.0, 185.0, 265.0, 360.0)
-MANY = 0.05  # the share of pixels from which on picking them out costs more than doing all
+BAND = 1 << 16  # pixels coloured at a time: so few stay in a core's cache, and are left to one
 ROBUST_PERCENTILE = 99.0
 ROBUST_STRIDE = 4  # one pixel in 16 says enough about the speeds of a frame
 ROBUST_MIN_PX = 1.0  # so that the noise of a still scene stays pale
@@ -81,11 +80,13 @@ def robust_max_px(flow: NDArray[Any]) -> float:
     return max(ROBUST_MIN_PX, float(np.percentile(speed, ROBUST_PERCENTILE)))
 
 
-def flow_to_color(flow: NDArray[Any], max_px: float | None = None) -> ByteArray:
+def flow_to_color(flow: NDArray[Any], max_px: float | None = None, *,
+                  out: ByteArray | None = None) -> ByteArray:
     """Return the picture of ``flow`` (H, W, 2); NaN is black.
 
     ``max_px`` is the speed of full colour, and of all beyond it; None takes nearly the
-    fastest of this very flow, so colours of two frames then differ in scale.
+    fastest of this very flow, so colours of two frames then differ in scale. The picture is
+    drawn into ``out`` (H, W, 3), contiguous, where that is given.
     """
     if flow.ndim != 3 or flow.shape[2] != 2:
         raise ValueError(f'flow must be (H, W, 2); seen {flow.shape}')
@@ -93,44 +94,36 @@ def flow_to_color(flow: NDArray[Any], max_px: float | None = None) -> ByteArray:
         max_px = robust_max_px(flow)
     elif not max_px > 0:
         raise ValueError(f'max_px must be more than 0; seen {max_px}')
-    # In C order even where the flow is a view of a (2, H, W) array.
-    places = np.multiply(np.asarray(flow, dtype=np.float32), np.float32(WHEEL_RADIUS / max_px),
-                         order='C')
-    _bring_onto_the_wheel(places)
-    places += WHEEL_REACH + 1
+    height, width = flow.shape[:2]
+    picture = np.empty((height, width, 3), dtype=np.uint8) if out is None else out
+    scale = np.float32(WHEEL_RADIUS / max_px)
     remap: Any = cv2.remap  # whose types do not know that the second map may be None
-    return np.asarray(remap(_wheel(), places, None, cv2.INTER_NEAREST), dtype=np.uint8)
+    rows = max(1, BAND // max(1, width))
+    for top in range(0, height, rows):
+        band = np.asarray(flow[top:top + rows], dtype=np.float32)
+        # In C order even where the flow is a view of a (2, H, W) array.
+        places = np.multiply(band, scale, order='C')
+        places = _brought_onto_the_wheel(places)
+        places += WHEEL_REACH + 1
+        remap(_wheel(), places, None, cv2.INTER_NEAREST, dst=picture[top:top + rows])
+    return picture
 
 
-def _bring_onto_the_wheel(places: FloatArray) -> None:
-    """Shorten what is beyond the picture; put what is invalid on the black cell; in place.
+def _brought_onto_the_wheel(places: FloatArray) -> FloatArray:
+    """Shorten what is beyond the picture; most bands have nothing of that, and are returned.
 
-    As a rule there is nothing of both, or little: it is looked for, and only that is worked on.
+    What is not finite comes out as NaN or stays so, which OpenCV rounds to a place outside of
+    the picture, or to its first row or column: both are black.
     """
-    flat = places.reshape(-1)
-    rows = places.reshape(len(places), -1)
-    # The sum shows what is not finite, of which the maximum may know nothing.
-    if math.isfinite(cv2.sumElems(rows)[0]) and cv2.norm(rows, cv2.NORM_INF) <= WHEEL_REACH:
-        return
-    # False for NaN too.
-    outside = np.flatnonzero(~(np.abs(flat) <= WHEEL_REACH)) >> 1
-    if outside.size > MANY * flat.size:
-        _shorten(places)
-    else:
-        pixels = flat.reshape(-1, 2)
-        taken = pixels[outside][None]
-        _shorten(taken)
-        pixels[outside] = taken[0]
-
-
-def _shorten(places: FloatArray) -> None:
-    """Bring ``places`` (H, W, 2) onto the wheel, in place."""
-    length = cv2.magnitude(places[..., 0], places[..., 1])
-    invalid = ~np.isfinite(length)
+    if cv2.norm(places.reshape(len(places), -1), cv2.NORM_INF) <= WHEEL_REACH:
+        return places
+    across, down = cv2.split(places)
+    share = cv2.magnitude(across, down)
     with np.errstate(invalid='ignore'):
-        places *= (WHEEL_RADIUS / np.maximum(length, WHEEL_RADIUS))[..., None]
-    if bool(invalid.any()):
-        places[invalid] = -WHEEL_REACH - 1.0
+        np.divide(WHEEL_REACH, np.maximum(share, WHEEL_REACH, out=share), out=share)
+        across *= share
+        down *= share
+    return np.asarray(cv2.merge([across, down]), dtype=np.float32)
 
 
 def confidence_to_mono(confidence: NDArray[Any]) -> ByteArray:

@@ -17,6 +17,7 @@
 import numpy as np
 import pytest
 
+from flow_ros import visualization
 from flow_ros.visualization import (
     confidence_to_color,
     confidence_to_mono,
@@ -158,3 +159,15 @@ def test_few_and_many_invalid_pixels_are_black_and_no_others(share: float) -> No
     flow[invalid, 1] = random.choice([np.nan, np.inf, -np.inf], invalid.sum())
     picture = flow_to_color(flow, 10.0)
     np.testing.assert_array_equal((picture == 0).all(axis=2), invalid)
+
+
+def test_bands_make_one_picture_in_memory_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    flow = random.normal(0, 9, (60, 80, 2)).astype(np.float32)
+    flow[7, 9] = 1e4
+    flow[30, :5, 0] = np.nan
+    whole = flow_to_color(flow, 10.0)
+    monkeypatch.setattr(visualization, 'BAND', 700)
+    given = np.full((60, 80, 3), 99, np.uint8)
+    assert flow_to_color(flow, 10.0, out=given) is given
+    np.testing.assert_array_equal(given, whole)

@@ -25,7 +25,7 @@ import os
 from pathlib import Path
 import signal
 import sys
-from threading import current_thread, main_thread, Thread
+from threading import current_thread, Event, main_thread, Thread
 import time
 import traceback
 from typing import Any
@@ -58,6 +58,11 @@ from flow_ros.streaming.view import View
 
 LOOK_PERIOD_S = 0.5
 
+# What the executor does after each callback holds the interpreter for half a millisecond, which
+# the worker would wait for where it just has begun with a frame. So the executor waits, until
+# that frame is out or, where the network takes longer, works without the interpreter anyway.
+WORKERS_TURN_S = 1e-2
+
 
 class FlowNode(Node):
     """Topics, parameters and one worker around a FlowEstimator."""
@@ -83,6 +88,7 @@ class FlowNode(Node):
             workspace_mib=values['workspace_mib'] or None, say=self._say)
         self._complaints = Complaints(warn=self.get_logger().warning)
         self._mailbox: Mailbox[Arrival] = Mailbox()
+        self._published = Event()  # or nothing to publish, of the frame that is worked on
         self._previous: Frame | None = None
         self._camera_info: CameraInfo | None = None
         self._flow_out = self._starts = self._skipped = self._bad = self._stale = 0
@@ -136,7 +142,9 @@ class FlowNode(Node):
     def _receive(self, message: Image) -> None:
         arrival = Arrival(message, time.perf_counter())
         self._period.add(arrival.came, missed=self._images.replaced + self._images.lost)
-        self._mailbox.put(arrival)
+        self._published.clear()
+        if self._mailbox.put(arrival):
+            self._published.wait(WORKERS_TURN_S)
 
     def _receive_camera_info(self, message: CameraInfo) -> None:
         self._camera_info = message
@@ -175,6 +183,8 @@ class FlowNode(Node):
         while (arrival := self._mailbox.take()) is not None:
             try:
                 self._process(arrival)
+                self._published.set()
+                self._estimator.settle()  # nobody waits for it any more
             except MessageError as error:  # this frame only: the next one pairs with the last
                 self._bad += 1
                 self._complain(error.kind, str(error))
@@ -213,9 +223,10 @@ class FlowNode(Node):
             return
         self._follow_view(frame)
         previous = self._previous
+        flow_out = self._forward.flow_memory(*pixels.shape[:2]) if 'flow' in topics else None
         result = self._estimator(pixels, frame.stamp, came=arrival.came,
                                  after_ms=self._publishing.milliseconds,
-                                 period_s=self._period.seconds)
+                                 period_s=self._period.seconds, flow_out=flow_out)
         estimated = time.perf_counter()
         if result is None:
             self._refuse(self._estimator.none_reason, frame, values['max_gap_s'])
@@ -234,7 +245,6 @@ class FlowNode(Node):
         self._overruns += result.budget_ms is not None and self._latency_ms > result.budget_ms
         for one, fact in zip(told, facts):
             self._inform(*one, previous, frame, values, fact)
-        self._estimator.settle()  # nobody waits for it any more
 
     def _view(self, message: Image,
               values: Mapping[str, Any]) -> tuple[Frame, NDArray[np.uint8]]:

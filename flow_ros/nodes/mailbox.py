@@ -32,6 +32,7 @@ class Mailbox(Generic[Item]):
         self._item: Item | None = None
         self._dropped = 0
         self._closed = False
+        self._awaited = False
 
     @property
     def dropped(self) -> int:
@@ -45,18 +46,21 @@ class Mailbox(Generic[Item]):
         with self._changed:
             return self._item is not None
 
-    def put(self, item: Item) -> None:
-        """Leave ``item`` for the worker; never waits."""
+    def put(self, item: Item) -> bool:
+        """Leave ``item`` for the worker; never waits. True where the worker waited for it."""
         with self._changed:
             if self._item is not None:
                 self._dropped += 1
             self._item = item
             self._changed.notify()
+            return self._awaited
 
     def take(self) -> Item | None:
         """Wait for an item and return it; None once the mailbox is closed."""
         with self._changed:
+            self._awaited = True
             self._changed.wait_for(lambda: self._closed or self._item is not None)
+            self._awaited = False
             item, self._item = self._item, None
             return None if self._closed else item
 

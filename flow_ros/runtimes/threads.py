@@ -15,7 +15,7 @@
 """How many threads torch takes beside a runtime that has threads of its own."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 import threading
 
 import torch
@@ -23,18 +23,25 @@ import torch
 from flow_ros.runtimes.base import Runtime
 
 
-@contextmanager
-def torch_beside(runtime: Runtime) -> Iterator[None]:
+def torch_beside(runtime: Runtime) -> AbstractContextManager[None]:
     """Let torch work in one thread of this caller while ``runtime`` is OpenVINO.
 
     Torch's other threads wait for their next work with their cores at full load, for
     milliseconds: cores that OpenVINO's threads have to share with them. On two cores that is 6
     to 8 % of DIP-RT's frame at 640x480, more than torch's threads save in the little it does
-    between the engines. Other threads of the process keep torch as they have it, or begin with
-    it as they would have.
+    between the engines.
+    """
+    return torch_alone() if runtime.name == 'openvino' else nullcontext()
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Let torch work in one thread of this caller.
+
+    Other threads of the process keep torch as they have it, or begin with it as they would have.
     """
     before = torch.get_num_threads()
-    if runtime.name != 'openvino' or before == 1:
+    if before == 1:
         yield
         return
     torch.set_num_threads(1)

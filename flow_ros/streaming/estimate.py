@@ -17,6 +17,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flow_ros.networks.base import FlowOutput, State
 from flow_ros.streaming.occlusion import check_consistency
 from flow_ros.streaming.result import FlowResult
@@ -58,8 +61,12 @@ def complete(estimates: Mapping[str, Estimate],
 
 
 def result_of(estimate: Estimate, *, direction: str, raw: FlowOutput, outputs: frozenset[str],
-              stamp_previous: float, stamp: float) -> FlowResult:
-    """Return the result for the receiver; ``raw`` is the output as the network gave it."""
+              stamp_previous: float, stamp: float,
+              flow_out: NDArray[np.float32] | None) -> FlowResult:
+    """Return the result for the receiver; ``raw`` is the output as the network gave it.
+
+    ``flow_out`` (H, W, 2), contiguous, is where the flow goes, if it is given.
+    """
     output = estimate.output
     confidence = occlusion = probability = None
     if 'confidence' in outputs and output.confidence is not None:
@@ -68,7 +75,7 @@ def result_of(estimate: Estimate, *, direction: str, raw: FlowOutput, outputs: f
         occlusion = mask_array(output.occlusion[0, 0])
         if raw.occlusion is not None:
             probability = map_array(raw.occlusion[0, 0])
-    return FlowResult(flow=flow_array(output.flow[0]), confidence=confidence,
+    return FlowResult(flow=flow_array(output.flow[0], flow_out), confidence=confidence,
                       occlusion=occlusion, occlusion_probability=probability,
                       steps=estimate.state.done, iterations=len(estimate.state.done),
                       warm=estimate.state.warm, cold_reason=estimate.cold_reason,

@@ -15,6 +15,7 @@
 """The estimator: frames of one stream in, flow out."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 import math
 from pathlib import Path
@@ -30,7 +31,7 @@ from flow_ros.networks.base import Features, FlowNetwork, PriorFlow
 from flow_ros.runtimes import create_runtime, Runtime
 from flow_ros.runtimes.acts import PRIOR_PX, run_acts
 from flow_ros.runtimes.cache import Say
-from flow_ros.runtimes.threads import torch_beside
+from flow_ros.runtimes.threads import torch_alone, torch_beside
 from flow_ros.streaming.budget import Budget, StampPeriod
 from flow_ros.streaming.costs import CostBook
 from flow_ros.streaming.early_stop import DEFAULT_PX, differing
@@ -45,6 +46,7 @@ from flow_ros.streaming.thumbnails import Thumbnails, thumbnails
 from flow_ros.streaming.transfer import upload
 
 _SETTLE = 'settle'
+_MANY = 16384
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,13 @@ class FlowEstimator(Settings):
                         raise
 
     def __call__(self, frame: NDArray[np.uint8], stamp: float, *, came: float | None = None,
-                 after_ms: float = 0.0, period_s: float | None = None) -> FlowResult | None:
+                 after_ms: float = 0.0, period_s: float | None = None,
+                 flow_out: NDArray[np.float32] | None = None) -> FlowResult | None:
         """Return the flow between the last frame and this one, or None; see the class.
+
+        The flow is written into ``flow_out``, contiguous float32 (H, W, 2), where that is given,
+        and is then the result's own array: memory that is used again saves the receiver a copy.
+        With both directions it is the forward flow that goes there.
 
         For the budgets of time: ``came`` is the ``time.perf_counter()`` at which the frame's
         time began (None: now), ``after_ms`` what the caller needs from its return on, and
@@ -171,6 +178,8 @@ class FlowEstimator(Settings):
         """
         came = self._paces.clock() if came is None else came
         check_frame(frame)
+        if flow_out is not None:
+            check_flow_out(flow_out, frame)
         if not math.isfinite(came):
             raise ValueError(f'came must be finite, a time of time.perf_counter() in seconds; '
                              f'seen {came}')
@@ -182,7 +191,7 @@ class FlowEstimator(Settings):
             raise ValueError(f'period_s must be positive and finite, in seconds; seen '
                              f'{period_s}')
         with self._lock, torch.inference_mode():
-            return self._next(frame, float(stamp), came, after_ms, period_s)
+            return self._next(frame, float(stamp), came, after_ms, period_s, flow_out)
 
     def settle(self) -> None:
         """Do now, while no frame waits, what the next frame will need of the last flow.
@@ -195,7 +204,10 @@ class FlowEstimator(Settings):
                 return
             began = self._paces.clock()
             try:
-                with torch_beside(self._previous.runtime):
+                # Threads save nothing here, and then spin for milliseconds. To keep torch from
+                # waking them costs one, too: of few values it wakes none.
+                many = self._past.to_settle > _MANY
+                with torch_alone() if many else nullcontext():
                     self._past.settle()
             except RuntimeError:
                 return  # the next frame meets it again: there another runtime can take over
@@ -221,7 +233,8 @@ class FlowEstimator(Settings):
             pace.run(state)
 
     def _next(self, frame: NDArray[np.uint8], stamp: float, came: float, after_ms: float,
-              period_s: float | None) -> FlowResult | None:
+              period_s: float | None,
+              flow_out: NDArray[np.float32] | None) -> FlowResult | None:
         self.none_reason = self._why_none(frame.shape[:2], stamp)
         if self.none_reason == 'duplicate stamp':
             return None
@@ -231,7 +244,7 @@ class FlowEstimator(Settings):
             self._period.add(stamp - self._previous.stamp)
         order = self.order(came=came, after_ms=after_ms,
                            settle_ms=self._settling.typical(_SETTLE) or 0.0,
-                           period_s=period_s or self._period.seconds)
+                           period_s=period_s or self._period.seconds, flow_out=flow_out)
         while True:
             runtime = self._serving.at(*frame.shape[:2])
             try:
@@ -322,7 +335,8 @@ class FlowEstimator(Settings):
                     small_from=a.thumbnails.small, small_to=b.thumbnails.small,
                     dt_s=new.stamp - old.stamp)
         results = [result_of(completed[way], direction=way, raw=estimates[way].output,
-                             outputs=outputs, stamp_previous=old.stamp, stamp=new.stamp)
+                             outputs=outputs, stamp_previous=old.stamp, stamp=new.stamp,
+                             flow_out=order.flow_out if way == ways[0] else None)
                    for way in ways]
         watch.lap('output')
         timings, kept = watch.milliseconds(), pace.end()
@@ -381,6 +395,17 @@ def check_frame(frame: NDArray[np.uint8]) -> None:
     if frame.dtype != np.uint8:
         raise ValueError(f'frame must be uint8, 0..255; seen {frame.dtype}: scale and convert '
                          f'it first')
+
+
+def check_flow_out(flow_out: NDArray[np.float32], frame: NDArray[np.uint8]) -> None:
+    """Raise ValueError unless the flow of ``frame`` can be written into ``flow_out``."""
+    shape = (*frame.shape[:2], 2)
+    if not (isinstance(flow_out, np.ndarray) and flow_out.shape == shape
+            and flow_out.dtype == np.float32 and flow_out.flags.carray):
+        seen = (f'{flow_out.dtype} {flow_out.shape}' if isinstance(flow_out, np.ndarray)
+                else type(flow_out).__name__)
+        raise ValueError(f'flow_out must be float32 {shape}, in C order, aligned and writeable; '
+                         f'seen {seen}')
 
 
 def _ends(direction: str, old: _Frame, new: _Frame) -> tuple[_Frame, _Frame]:

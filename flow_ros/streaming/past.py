@@ -80,6 +80,11 @@ class Past:
         """Tell whether nothing is left to be done before the next frame."""
         return not self._open
 
+    @property
+    def to_settle(self) -> int:
+        """How many values the largest flow has that is not settled."""
+        return max((pair.samples.flow.numel() for pair in self._open.values()), default=0)
+
     def settle(self) -> None:
         """Do what needs nothing of the next frame."""
         for direction in list(self._open):

@@ -52,7 +52,7 @@ def explains(flow: CellFlow | None, small_a: NDArray[np.float32],
     if flow is None:
         return False
     height, width = flow.size
-    small = _small(_thinned(flow.flow).nan_to_num()).cpu()
+    small = _small(_thinned(flow.flow)).cpu()
     motion = torch.cat([small[:, :1] * (SMALL[1] / width), small[:, 1:] * (SMALL[0] / height)],
                        dim=1)
     warped = warp(torch.from_numpy(small_b)[None, None], motion)
@@ -68,12 +68,12 @@ def _thinned(values: Tensor) -> Tensor:
 
 
 def _small(values: Tensor) -> Tensor:
-    """Return ``values`` (B, C, H, W) as (B, C, 30, 40), each px the mean of its area."""
+    """Return ``values`` (B, C, H, W) as (B, C, 30, 40), each px the mean of its area; NaN is 0."""
     if values.device.type != 'cpu':
-        return functional.adaptive_avg_pool2d(values, SMALL)
-    # Not torch: its pooling wakes a second thread, which then spins on a core for milliseconds.
+        return functional.adaptive_avg_pool2d(values.nan_to_num(), SMALL)
+    # Not torch, which would wake a second thread: that spins on a core for milliseconds.
     small = values.new_empty(*values.shape[:2], *SMALL, dtype=torch.float32)
-    planes = values.detach().float().contiguous().flatten(0, 1).numpy()
+    planes = np.nan_to_num(values.detach().float().numpy()).reshape(-1, *values.shape[-2:])
     for plane, mean in zip(planes, small.flatten(0, 1).numpy()):
         cv2.resize(plane, SMALL[::-1], dst=mean, interpolation=cv2.INTER_AREA)
     return small

@@ -18,6 +18,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 import math
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flow_ros.streaming.budget import Budget
 
 DIRECTIONS: tuple[str, ...] = ('forward', 'backward', 'both')
@@ -28,7 +31,8 @@ OUTPUTS: frozenset[str] = frozenset({'flow', 'confidence', 'occlusion'})
 class Order:
     """All that was asked of a frame as its work began: settings may change meanwhile.
 
-    ``iterations`` as ``FlowNetwork.start`` takes them; times in ms, ``came`` in s by the clock.
+    ``iterations`` as ``FlowNetwork.start`` takes them; times in ms, ``came`` in s by the clock;
+    ``flow_out`` is where the flow of the first direction goes, if it is given.
     """
 
     iterations: int | None
@@ -39,6 +43,7 @@ class Order:
     warm_start: bool
     came: float
     after_ms: float
+    flow_out: NDArray[np.float32] | None
 
     @property
     def ways(self) -> tuple[str, ...]:
@@ -118,8 +123,8 @@ class Settings:
                              f'{", ".join(sorted(asked - OUTPUTS))}')
         self._outputs = asked | {'flow'}
 
-    def order(self, *, came: float, after_ms: float, settle_ms: float,
-              period_s: float | None) -> Order:
+    def order(self, *, came: float, after_ms: float, settle_ms: float, period_s: float | None,
+              flow_out: NDArray[np.float32] | None) -> Order:
         """Return what is asked of a frame now.
 
         ``settle_ms`` is what is done after the caller has its result and before the next frame:
@@ -129,4 +134,4 @@ class Settings:
         return Order(iterations=budget.iterations, limit_ms=budget.limit_ms(period_s), came=came,
                      after_ms=after_ms + (settle_ms if budget.rate else 0.0),
                      early_stop_px=self._early_stop_px, direction=self._direction,
-                     outputs=self._outputs, warm_start=self.warm_start)
+                     outputs=self._outputs, warm_start=self.warm_start, flow_out=flow_out)

@@ -59,13 +59,21 @@ def all_finite(values: Tensor) -> bool:
     return math.isfinite(cv2.sumElems(rows)[0])  # summed in float64: nothing overflows
 
 
-def flow_array(flow: Tensor) -> NDArray[np.float32]:
-    """Return ``flow`` (2, H, W) as float32 (H, W, 2): always a copy, the receiver's own."""
+def flow_array(flow: Tensor, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Return ``flow`` (2, H, W) as float32 (H, W, 2): always a copy, the receiver's own.
+
+    It is written into ``out``, contiguous, where that is given.
+    """
     flow = flow.float()
     if flow.device.type != 'cpu':
-        result: NDArray[np.float32] = flow.permute(1, 2, 0).contiguous().cpu().numpy()
-        return result
-    return np.asarray(cv2.merge(list(flow.contiguous().numpy())), dtype=np.float32)
+        interleaved = flow.permute(1, 2, 0).contiguous()
+        if out is None:
+            return np.asarray(interleaved.cpu().numpy(), dtype=np.float32)
+        torch.from_numpy(out).copy_(interleaved)
+        return out
+    out = np.empty((*flow.shape[1:], 2), dtype=np.float32) if out is None else out
+    cv2.merge(list(flow.contiguous().numpy()), dst=out)
+    return out
 
 
 def map_array(values: Tensor) -> NDArray[np.float32]:

@@ -35,10 +35,11 @@ import numpy as np
 import pytest
 from rclpy.qos import ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo
+from std_msgs.msg import Header
 
 from flow_ros.nodes.info import info_values
 from flow_ros.nodes.messages import image_view
-from flow_ros.nodes.publishers import ColorScale, needed_outputs, TOPICS
+from flow_ros.nodes.publishers import ColorScale, ImageTopic, needed_outputs, TOPICS
 
 
 @pytest.fixture(scope='module')
@@ -396,6 +397,33 @@ def test_the_shipped_profile_in_the_driver_alone_cures_a_best_effort_camera():
     count = int(consumer.communicate(timeout=60.0)[0])
     camera.communicate(timeout=60.0)
     assert count >= 58
+
+
+def test_a_topic_publishes_every_frame_from_the_same_memory():
+    class Publisher:
+        def __init__(self):
+            self.sent = []
+
+        def publish(self, message):
+            self.sent.append((message.header.frame_id, message.encoding, message.step,
+                              image_view(message).copy()))
+    publisher = Publisher()
+    topic = ImageTopic(publisher)
+    random = np.random.default_rng(0)
+    flow = random.random((6, 5, 2), dtype=np.float32)
+    memory = topic.pixels(flow.shape, np.float32)
+    topic.send(flow, Header(frame_id='copied'))
+    memory *= 2.0
+    topic.send(memory, Header(frame_id='drawn there'))
+    assert topic.pixels(flow.shape, np.float32) is memory
+    for (_, encoding, step, pixels), factor in zip(publisher.sent, (1.0, 2.0)):
+        assert (encoding, step) == ('32FC2', 40)
+        np.testing.assert_array_equal(pixels, flow * np.float32(factor))
+    mask = random.integers(0, 255, (3, 4), dtype=np.uint8)  # another size, another encoding
+    topic.send(mask, Header(frame_id='other'))
+    assert [sent[0] for sent in publisher.sent] == ['copied', 'drawn there', 'other']
+    assert publisher.sent[2][1:3] == ('mono8', 4)
+    np.testing.assert_array_equal(publisher.sent[2][3], mask)
 
 
 def test_color_scale_rises_at_once_and_falls_slowly():

@@ -41,14 +41,18 @@ def test_take_waits_for_an_item_and_close_ends_the_waiting():
         while (item := mailbox.take()) is not None:
             taken.append(item)
     worker = Thread(target=work, daemon=True)
+    assert not mailbox.put('early')  # nobody waits yet
     worker.start()
-    mailbox.put('frame')
     while not taken:
+        worker.join(0.01)
+    while not mailbox.put('frame'):  # until the worker waits again
+        worker.join(0.01)
+    while taken[-1] != 'frame':
         worker.join(0.01)
     mailbox.close()
     worker.join(5.0)
     assert not worker.is_alive()
-    assert taken == ['frame']
+    assert taken[0] == 'early' and set(taken[1:]) == {'frame'}
 
 
 def test_a_closed_mailbox_gives_nothing_even_when_full():

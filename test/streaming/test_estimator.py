@@ -660,3 +660,29 @@ def test_a_large_motion_that_sets_in_suddenly_still_gets_flow():
     moved = np.roll(first, 30, axis=1)
     result = flow(moved, 3 * DT)
     assert middle(result.flow)[0] == pytest.approx(30, abs=8)
+
+
+@pytest.mark.parametrize('direction', ['forward', 'backward', 'both'])
+def test_the_flow_goes_into_memory_that_is_given(direction):
+    flow, plain = estimator(direction=direction), estimator(direction=direction)
+    memory = np.full((160, 240, 2), np.nan, np.float32)
+    for k in range(3):
+        expected, result = plain(pan(k), k * DT), flow(pan(k), k * DT, flow_out=memory)
+        if k == 0:
+            assert result is None and np.isnan(memory).all()
+            continue
+        assert result.flow is memory
+        np.testing.assert_array_equal(memory, expected.flow)
+    if direction == 'both':
+        np.testing.assert_array_equal(result.backward.flow, expected.backward.flow)
+
+
+@pytest.mark.parametrize('memory', [
+    np.zeros((160, 240, 3), np.float32), np.zeros((160, 240, 2)), [[0.0]],
+    np.zeros((2, 160, 240), np.float32).transpose(1, 2, 0)])
+def test_memory_that_does_not_fit_is_refused_and_changes_nothing(memory):
+    flow = estimator()
+    flow(pan(0), 0.0)
+    with pytest.raises(ValueError, match=r'flow_out must be float32 \(160, 240, 2\)'):
+        flow(pan(1), DT, flow_out=memory)
+    assert flow(pan(1), DT) is not None

@@ -105,9 +105,11 @@ def test_on_another_device_it_is_settled_and_whole():
     assert torch.equal(prior.flow, past.carry(flow.samples, direction='forward').flow)
 
 
+@pytest.mark.parametrize('many', [0, 1 << 30])
 @pytest.mark.parametrize('direction', ['forward', 'backward', 'both'])
-def test_a_stream_gives_the_same_flow_settled_or_not(direction):
-    """With a dropped frame, a scene cut, and a camera that stops."""
+def test_a_stream_gives_the_same_flow_settled_or_not(direction, many, monkeypatch):
+    """With a dropped frame, a scene cut, and a camera that stops; in one thread or as many."""
+    monkeypatch.setattr('flow_ros.streaming.estimator._MANY', many)
     frames = [(x, seed, stamp * DT) for stamp, (x, seed) in enumerate(
         [(0, 0), (8, 0), (16, 0), (32, 0), (40, 0), (0, 1), (6, 1), (12, 1), (12, 1)])]
     frames = [(x, seed, stamp + DT * (x > 16)) for x, seed, stamp in frames[:5]] + [

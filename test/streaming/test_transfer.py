@@ -64,6 +64,9 @@ def test_flow_is_interleaved_and_the_receivers_own(size, dtype):
     array = flow_array(flow)
     assert array.dtype == np.float32 and array.flags.c_contiguous and array.shape == (*size, 2)
     np.testing.assert_array_equal(array, flow.float().permute(1, 2, 0).numpy())
+    given = np.full((*size, 2), np.nan, np.float32)
+    assert flow_array(flow, given) is given
+    np.testing.assert_array_equal(given, array)
     array[:] = 99.0
     assert not (flow == 99.0).any()
 
