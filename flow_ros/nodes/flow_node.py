@@ -60,7 +60,7 @@ LOOK_PERIOD_S = 0.5
 
 # What the executor does after each callback holds the interpreter for half a millisecond, which
 # the worker would wait for where it just has begun with a frame. So the executor waits, until
-# that frame is out or, where the network takes longer, works without the interpreter anyway.
+# that frame is done or, where the network takes longer, works without the interpreter anyway.
 WORKERS_TURN_S = 1e-2
 
 
@@ -88,7 +88,7 @@ class FlowNode(Node):
             workspace_mib=values['workspace_mib'] or None, say=self._say)
         self._complaints = Complaints(warn=self.get_logger().warning)
         self._mailbox: Mailbox[Arrival] = Mailbox()
-        self._published = Event()  # or nothing to publish, of the frame that is worked on
+        self._done = Event()  # with the frame that the worker has
         self._previous: Frame | None = None
         self._camera_info: CameraInfo | None = None
         self._flow_out = self._starts = self._skipped = self._bad = self._stale = 0
@@ -142,9 +142,9 @@ class FlowNode(Node):
     def _receive(self, message: Image) -> None:
         arrival = Arrival(message, time.perf_counter())
         self._period.add(arrival.came, missed=self._images.replaced + self._images.lost)
-        self._published.clear()
+        self._done.clear()
         if self._mailbox.put(arrival):
-            self._published.wait(WORKERS_TURN_S)
+            self._done.wait(WORKERS_TURN_S)
 
     def _receive_camera_info(self, message: CameraInfo) -> None:
         self._camera_info = message
@@ -183,7 +183,6 @@ class FlowNode(Node):
         while (arrival := self._mailbox.take()) is not None:
             try:
                 self._process(arrival)
-                self._published.set()
                 self._estimator.settle()  # nobody waits for it any more
             except MessageError as error:  # this frame only: the next one pairs with the last
                 self._bad += 1
@@ -196,6 +195,8 @@ class FlowNode(Node):
                 self._complain(type(error).__name__, f'no flow for this frame, '
                                f'{type(error).__name__}: {error}')
                 self.get_logger().debug(traceback.format_exc())
+            finally:
+                self._done.set()
 
     def _complain(self, kind: str, text: str) -> None:
         self._complaints.add(kind, f'{self._images.resolved_topic}: {text}')

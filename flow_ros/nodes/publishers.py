@@ -45,7 +45,7 @@ TOPICS: dict[str, type] = {
 }
 
 # So many speeds tell the fastest of a flow well enough.
-_SPEEDS = 5000
+_SPEEDS = 2000
 
 # The topics that need more of the estimator than the flow.
 _NEEDS = {'confidence': 'confidence', 'confidence_mono': 'confidence', 'occlusion': 'occlusion'}
