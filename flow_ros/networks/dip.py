@@ -27,8 +27,9 @@ Cost, counted as 2 x MAC at 448x1024: 183 GFLOP to encode both images, 260 per i
 both levels of the cold schedule.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 import math
 
 import torch
@@ -50,7 +51,8 @@ from flow_ros.networks.base import (
     Step,
 )
 from flow_ros.ops import winograd
-from flow_ros.ops.exporting import is_exporting
+from flow_ros.ops.blocks import by_blocks
+from flow_ros.ops.exporting import is_eager
 from flow_ros.ops.patchmatch import propagation_correlation_released, search_released
 from flow_ros.ops.upsampling import convex_upsample
 
@@ -68,6 +70,7 @@ REFINE_AMPLITUDE = 4.0
 PATTERN_SEED = 20
 SHARES = 3  # of the context, in a state's memory: one for each GRU of an iteration
 START_FLOWS = ('zeros', 'fixed')
+Layer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -109,37 +112,53 @@ class Convolution(nn.Conv2d):
 
     def forward(self, values: Tensor) -> Tensor:
         """Return (B, outputs, H, W)."""
-        return _convolve(values, self.weight, self.bias)
+        return self.made()(values)
+
+    def made(self) -> Layer:
+        """Return the convolution as a function, to be used for many blocks of a map."""
+        return _convolution(self.weight, self.bias)
 
 
-def _convolve(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if winograd.pays(values, weight):
-        return winograd.convolve(values, weight, bias)
-    return functional.conv2d(values, weight, bias,
-                             padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+def _convolution(weight: Tensor, bias: Tensor | None = None) -> Layer:
+    """Return the convolution; what it works out of ``weight`` alone is so once."""
+    padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+
+    @cache
+    def at_points() -> Tensor:
+        return winograd.transformed(weight)
+
+    def convolve(values: Tensor) -> Tensor:
+        if winograd.pays(values, weight):
+            return winograd.convolve(values, weight, bias, at_points())
+        return functional.conv2d(values, weight, bias, padding=padding)
+
+    return convolve
+
+
+def _relu(values: Tensor) -> Tensor:
+    """Return the rectified ``values``, which nobody else reads: over them, where that saves."""
+    return values.relu_() if is_eager(values) else functional.relu(values)
 
 
 class InstanceNorm(nn.Module):
     """Zero mean and unit variance of each channel of each map; in float32 at least."""
 
     epsilon = 1e-5
+    lines = 16
+    """Rows whose squares are summed at a time."""
 
     def forward(self, values: Tensor) -> Tensor:
-        """Return the normed map, in the type of ``values``."""
+        """Return the normed map, in the type of ``values``, which may be written over."""
         # Half precision cannot sum the squares of a map of 300,000 cells.
         single = values.float()
-        if self._by_hand(single):
-            centred = single - single.mean(dim=(2, 3), keepdim=True)
-            variance = centred.square().mean(dim=(2, 3), keepdim=True)
-            return centred.mul_(torch.rsqrt(variance + self.epsilon)).to(values.dtype)
-        return functional.instance_norm(single, eps=self.epsilon).to(values.dtype)
-
-    @staticmethod
-    def _by_hand(values: Tensor) -> bool:
-        """Return whether torch's own norm would first copy the map to have its channels first."""
-        return (values.device.type == 'cpu' and not torch.is_grad_enabled()
-                and not values.is_contiguous() and not torch.jit.is_tracing()
-                and not is_exporting() and not torch.compiler.is_compiling())
+        if not is_eager(single) or single.is_contiguous():
+            return functional.instance_norm(single, eps=self.epsilon).to(values.dtype)
+        # Torch's own norm would first copy the map to have its channels first.
+        centred = single.sub_(single.mean(dim=(2, 3), keepdim=True))
+        squares = torch.stack([rows.square().sum(dim=(2, 3), keepdim=True)
+                               for rows in centred.split(self.lines, dim=2)])
+        variance = squares.sum(dim=0) / (values.shape[2] * values.shape[3])
+        return centred.mul_(torch.rsqrt(variance + self.epsilon)).to(values.dtype)
 
 
 class ResidualBlock(nn.Module):
@@ -155,9 +174,10 @@ class ResidualBlock(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Return the block's map."""
-        inner = functional.relu(self.norm(self.conv1(values)))
-        inner = functional.relu(self.norm(self.conv2(inner)))
-        return functional.relu(self.downsample(values) + inner)
+        inner = _relu(self.norm(self.conv1(values)))
+        inner = _relu(self.norm(self.conv2(inner)))
+        outer = self.downsample(values)
+        return _relu(outer.add_(inner) if is_eager(outer) else outer + inner)
 
 
 class Encoder(nn.Module):
@@ -179,7 +199,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Return (B, 256, H/4, W/4)."""
-        values = functional.relu(self.norm(self.conv1(image)))
+        values = _relu(self.norm(self.conv1(image)))
         values = self.layer3(self.layer2(self.layer1(values)))
         return self.conv2(values)
 
@@ -196,10 +216,15 @@ class SmallMotionEncoder(nn.Module):
 
     def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
         """Return the motion features, the raw flow as their last two channels."""
-        match = functional.relu(self.convc1(correlation))
-        motion = functional.relu(self.convf2(functional.relu(self.convf1(flow))))
-        mixed = functional.relu(self.conv(torch.cat([match, motion], dim=1)))
-        return torch.cat([mixed, flow], dim=1)
+        convf1, convf2, conv = (each.made() for each in (self.convf1, self.convf2, self.conv))
+
+        def encoded(correlation: Tensor, flow: Tensor) -> Tensor:
+            match = _relu(self.convc1(correlation))
+            motion = _relu(convf2(_relu(convf1(flow))))
+            mixed = _relu(conv(torch.cat([match, motion], dim=1)))
+            return torch.cat([mixed, flow], dim=1)
+
+        return by_blocks(encoded, correlation, flow, halo=4)
 
 
 class MotionEncoder(nn.Module):
@@ -215,10 +240,16 @@ class MotionEncoder(nn.Module):
 
     def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
         """Return the motion features, the raw flow as their last two channels."""
-        match = functional.relu(self.convc2(functional.relu(self.convc1(correlation))))
-        motion = functional.relu(self.convf2(functional.relu(self.convf1(flow))))
-        mixed = functional.relu(self.conv(torch.cat([match, motion], dim=1)))
-        return torch.cat([mixed, flow], dim=1)
+        convc2, convf1, convf2, conv = (each.made() for each in (
+            self.convc2, self.convf1, self.convf2, self.conv))
+
+        def encoded(correlation: Tensor, flow: Tensor) -> Tensor:
+            match = _relu(convc2(_relu(self.convc1(correlation))))
+            motion = _relu(convf2(_relu(convf1(flow))))
+            mixed = _relu(conv(torch.cat([match, motion], dim=1)))
+            return torch.cat([mixed, flow], dim=1)
+
+        return by_blocks(encoded, correlation, flow, halo=4)
 
 
 def _seen(conv: nn.Conv2d) -> Tensor:
@@ -230,7 +261,7 @@ def _share(context: Tensor, *convs: nn.Conv2d) -> Tensor:
     """Return what the context adds to ``convs`` of a GRU, their biases in it."""
     weight = torch.cat([conv.weight[:, HIDDEN:2 * HIDDEN] for conv in convs])
     bias = torch.cat([_bias(conv) for conv in convs])
-    return _convolve(context, weight, bias)
+    return _convolution(weight, bias)(context)
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
@@ -238,21 +269,27 @@ def _bias(conv: nn.Conv2d) -> Tensor:
     return conv.bias
 
 
-def _gru(hidden: Tensor, motion: Tensor, share: Tensor, convz: nn.Conv2d, convr: nn.Conv2d,
-         convq: nn.Conv2d) -> Tensor:
-    """Update ``hidden`` with one convolutional gated recurrent unit.
+def _gru(convz: nn.Conv2d, convr: nn.Conv2d, convq: nn.Conv2d) -> Callable[..., Tensor]:
+    """Return a convolutional gated recurrent unit: (hidden, motion, share) to the next hidden.
 
     ``share`` is what the context adds to z, r and q (``_share``): a convolution of a cat is the
     sum of those of its parts, and the context is the same in all iterations of a level.
     """
-    of_gates, of_candidate = share.split([2 * HIDDEN, HIDDEN], dim=1)
-    # In place: of a large map, each temporary less is memory.
-    gates = _convolve(torch.cat([hidden, motion], dim=1),
-                      torch.cat([_seen(convz), _seen(convr)])).add_(of_gates).sigmoid_()
-    update, reset = gates.split(HIDDEN, dim=1)
-    candidate = _convolve(torch.cat([reset * hidden, motion], dim=1), _seen(convq))
-    candidate = candidate.add_(of_candidate).tanh_()
-    return torch.lerp(hidden, candidate, update)  # (1 - z) h + z q
+    to_gates = _convolution(torch.cat([_seen(convz), _seen(convr)]))
+    to_candidate = _convolution(_seen(convq))
+
+    def updated(hidden: Tensor, motion: Tensor, share: Tensor) -> Tensor:
+        of_gates, of_candidate = share.split([2 * HIDDEN, HIDDEN], dim=1)
+        seen = torch.cat([hidden, motion], dim=1)
+        update, reset = to_gates(seen).add_(of_gates).sigmoid_().split(HIDDEN, dim=1)
+        if is_eager(seen):
+            seen[:, :HIDDEN].mul_(reset)
+        else:
+            seen = torch.cat([reset * hidden, motion], dim=1)
+        candidate = to_candidate(seen).add_(of_candidate).tanh_()
+        return torch.lerp(hidden, candidate, update)  # (1 - z) h + z q
+
+    return updated
 
 
 class ConvGRU(nn.Module):
@@ -271,7 +308,7 @@ class ConvGRU(nn.Module):
     def forward(self, hidden: Tensor, motion: Tensor, shares: Sequence[Tensor]) -> Tensor:
         """Return the new hidden state."""
         share, = shares
-        return _gru(hidden, motion, share, self.convz, self.convr, self.convq)
+        return by_blocks(_gru(self.convz, self.convr, self.convq), hidden, motion, share, halo=2)
 
 
 class SeparableConvGRU(nn.Module):
@@ -293,10 +330,13 @@ class SeparableConvGRU(nn.Module):
                 _share(context, self.convz2, self.convr2, self.convq2))
 
     def forward(self, hidden: Tensor, motion: Tensor, shares: Sequence[Tensor]) -> Tensor:
-        """Return the new hidden state."""
+        """Return the new hidden state; the one given may be written over (``by_blocks``)."""
         across, down = shares
-        hidden = _gru(hidden, motion, across, self.convz1, self.convr1, self.convq1)
-        return _gru(hidden, motion, down, self.convz2, self.convr2, self.convq2)
+        # Rows do not see each other in the first, nor columns in the second.
+        hidden = by_blocks(_gru(self.convz1, self.convr1, self.convq1), hidden, motion, across,
+                           axis=2, into=hidden)
+        return by_blocks(_gru(self.convz2, self.convr2, self.convq2), hidden, motion, down,
+                         axis=3, into=hidden)
 
 
 class FlowHead(nn.Module):
@@ -309,7 +349,8 @@ class FlowHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return (B, 2, H, W), px of the level."""
-        return self.conv2(functional.relu(self.conv1(hidden)))
+        conv1, conv2 = self.conv1.made(), self.conv2.made()
+        return by_blocks(lambda rows: conv2(_relu(conv1(rows))), hidden, halo=2)
 
 
 class UpdateBlock(nn.Module):
@@ -327,7 +368,8 @@ class UpdateBlock(nn.Module):
                 flow: Tensor) -> tuple[Tensor, Tensor]:
         """Return the new hidden state and the change of flow.
 
-        ``shares`` are what ``gru.shares`` makes of the level's context.
+        ``shares`` are what ``gru.shares`` makes of the level's context. The block that follows
+        the search may write over ``hidden``, which propagation made for it alone.
         """
         motion = self.encoder(correlation, flow.to(correlation.dtype))
         hidden = self.gru(hidden, motion, shares)
@@ -339,8 +381,11 @@ class UpdateBlock(nn.Module):
         The mask depends on the hidden state alone, so it is computed only where a flow is
         really upsampled: at a level's last update, not after each.
         """
-        mask = 0.25 * self.mask(hidden)
-        return convex_upsample(FACTOR * flow, mask.to(flow.dtype), FACTOR)
+        def upsampled(hidden: Tensor, flow: Tensor) -> Tensor:
+            mask = 0.25 * self.mask(hidden)
+            return convex_upsample(FACTOR * flow, mask.to(flow.dtype), FACTOR)
+
+        return by_blocks(upsampled, hidden, flow, halo=1)
 
 
 class DIP(FlowNetwork):

@@ -36,6 +36,16 @@ def are_open(*sizes: object) -> bool:
     return any(isinstance(size, torch.SymInt) for size in sizes)
 
 
+def is_eager(*tensors: Tensor) -> bool:
+    """Return True where a CPU computes at once what is asked, and nothing is recorded of it.
+
+    Neither for a gradient nor in a graph: there what is done in parts or in place is no loss.
+    """
+    return (all(tensor.device.type == 'cpu' for tensor in tensors)
+            and not torch.is_grad_enabled() and not torch.jit.is_tracing()
+            and not is_exporting() and not torch.compiler.is_compiling())
+
+
 def runs_on_cpu(*tensors: Tensor) -> bool:
     """Return True where a CPU computes without gradients: eagerly, or through OpenVINO's trace.
 

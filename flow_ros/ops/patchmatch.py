@@ -122,7 +122,9 @@ def search_released(features_a: Tensor, features_b: Tensor, flow: Tensor,
     batch, channels, height, width = features_a.shape
     side, window = 2 * radius + 1, TILE + 2 * radius
     down, across = -(-height // TILE), -(-width // TILE)
-    tiles = functional.pad(features_a, (0, across * TILE - width, 0, down * TILE - height))
+    tiles = features_a
+    if (height, width) != (down * TILE, across * TILE):
+        tiles = functional.pad(tiles, (0, across * TILE - width, 0, down * TILE - height))
     tiles = tiles.permute(0, 2, 3, 1).reshape(batch * down, TILE, across, TILE, channels)
     table = _rows(features_b)
     index, weight = _corners(flow, ((0, 0),))

@@ -55,8 +55,14 @@ LEAST_CELLS = 5000
 LEAST_PRODUCTS = 2 ** 13
 """Input times output channels from which on it pays; below it the sums take the time."""
 
-BLOCK_BYTES = 2 ** 23
-"""What a block holds at the points, at most: it shall stay in the cache."""
+_AT_ONCE = 32
+"""Output channels whose filters are brought to the points together, in float64."""
+
+BLOCK_BYTES = 2 ** 22
+"""What a block holds at the points, at most, of CHANNELS: it shall stay in the cache."""
+
+CHANNELS = 256
+"""What blocks are cut for, whatever a convolution has: so there are few sizes of them."""
 
 
 def matrices(taps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,8 +90,11 @@ def matrices(taps: int) -> tuple[Tensor, Tensor, Tensor]:
 def transformed(weight: Tensor) -> Tensor:
     """Return the filters (K, C, r_y, r_x) at the points: (n_y * n_x, K, C), in their type."""
     down, across = (matrices(size)[1].to(weight.device) for size in weight.shape[2:])
-    filters = torch.einsum('ai,bj,kcij->abkc', down, across, weight.double())
-    return filters.flatten(0, 1).to(weight.dtype)
+    found = weight.new_empty(len(down) * len(across), *weight.shape[:2])
+    for part, into in zip(weight.split(_AT_ONCE), found.split(_AT_ONCE, dim=1)):
+        filters = torch.einsum('ai,bj,kcij->abkc', down, across, part.double())
+        into.copy_(filters.flatten(0, 1))
+    return found
 
 
 @dataclass(frozen=True)
@@ -157,38 +166,54 @@ def worth(cells: int, weight: tuple[int, ...]) -> bool:
             and all(taps in TAPS for taps in kernel))
 
 
-def convolve(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def convolve(values: Tensor, weight: Tensor, bias: Tensor | None = None,
+             at_points: Tensor | None = None) -> Tensor:
     """Return the convolution of ``values`` (B, C, H, W), of stride 1 and padded to its size.
 
     Tile rows by tile rows, so that a block stays in the cache: nothing else is held of it.
+    ``at_points`` is what ``transformed`` makes of ``weight``, where that is there already.
     Returns (B, K, H, W), its channels last in memory.
     """
     height, width = values.shape[2:]
     kernel = (weight.shape[2], weight.shape[3])
-    filters = transformed(weight).transpose(1, 2)  # (points, C, K)
+    if at_points is None:
+        at_points = transformed(weight)
+    filters = at_points.transpose(1, 2)  # (points, C, K)
     points, inputs, outputs = filters.shape
     step_y, step_x = (RESULTS if taps > 1 else 1 for taps in kernel)
     across, down = -(-width // step_x), -(-height // step_y)
-    at_once = max(1, BLOCK_BYTES // (4 * points * across * max(inputs, outputs)))
+    # Few sizes, because the bags of each stay in memory.
+    at_once = max(1, BLOCK_BYTES // (4 * points * across * CHANNELS))
     found = values.new_empty(values.shape[0], height, width, outputs)
     for rows, cells in zip(values.permute(0, 2, 3, 1).contiguous(), found):
         for first in range(0, down, at_once):
             last = min(first + at_once, down)
-            # The rows that this block needs are a map of their own: most blocks are alike.
-            above = max(0, first * step_y - kernel[0] // 2)
-            below = min(height, last * step_y + kernel[0] // 2)
-            there, back = _block(below - above, width, kernel, last - first,
-                                 first * step_y - above)
-            at_points = _summed(rows[above:below].reshape(-1, inputs), there)
-            products = torch.bmm(at_points.view(points, -1, inputs), filters)
-            block = _summed(products.view(-1, outputs), back)
-            block = block.view(-1, width, outputs)[:height - first * step_y]
+            # The rows that this block needs are a map of their own, and blocks are alike.
+            above, below = first * step_y - kernel[0] // 2, last * step_y + kernel[0] // 2
+            block = _filtered(_rows(rows, above, below), filters, *_block(
+                below - above, width, kernel, last - first))
             into = cells[first * step_y:last * step_y]
+            block = block.view(-1, width, outputs)[:len(into)]
             if bias is None:
                 into.copy_(block)
             else:
                 torch.add(block, bias, out=into)
     return found.permute(0, 3, 1, 2)
+
+
+def _rows(rows: Tensor, first: int, last: int) -> Tensor:
+    """Return some of ``rows`` (H, W, C), zeros for those that the map does not have."""
+    above, below = max(0, -first), max(0, last - len(rows))
+    found = rows[first + above:last - below]
+    return functional.pad(found, (0, 0, 0, 0, above, below)) if above or below else found
+
+
+def _filtered(rows: Tensor, filters: Tensor, there: Bags, back: Bags) -> Tensor:
+    """Return the results of a block, one row for each cell."""
+    points, inputs, outputs = filters.shape
+    products = torch.bmm(_summed(rows.reshape(-1, inputs), there).view(points, -1, inputs),
+                         filters)
+    return _summed(products.view(-1, outputs), back)
 
 
 def _summed(rows: Tensor, each: Bags) -> Tensor:
@@ -197,10 +222,9 @@ def _summed(rows: Tensor, each: Bags) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _block(height: int, width: int, kernel: tuple[int, int], tiles: int,
-           top: int) -> tuple[Bags, Bags]:
-    """Return the bags of a block: ``tiles`` tile rows, the first at row ``top`` of its map."""
-    return bags((height, width), kernel, 0, tiles, top=top)
+def _block(height: int, width: int, kernel: tuple[int, int], tiles: int) -> tuple[Bags, Bags]:
+    """Return the bags of a block of ``tiles`` tile rows, its border of rows with them."""
+    return bags((height, width), kernel, 0, tiles, top=kernel[0] // 2)
 
 
 def _bags(index: Tensor, weight: Tensor, count: Tensor) -> Bags:

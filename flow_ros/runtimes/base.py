@@ -101,9 +101,12 @@ def run_loop(network: FlowNetwork, state: State, call: Call, lap: Lap | None = N
              control: Control | None = None) -> tuple[State, FlowOutput]:
     """Do the steps and finish one by one: the plain ``loop`` of a runtime."""
     while state.schedule:
-        before, state = state, network.step(state, call=call)
-        if control is not None:
+        if control is None:
+            state = network.step(state, call=call)
+        else:
+            before, state = state, network.step(state, call=call)
             state = replace(state, schedule=control(before, state))
+            del before  # whose memory the next step has use for
     if lap is not None:
         lap('steps')
     output = network.finish(state, call=call)

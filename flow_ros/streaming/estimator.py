@@ -379,6 +379,8 @@ class FlowEstimator(Settings):
                                       differing=differing(old.thumbnails.blocks,
                                                           new.thumbnails.blocks),
                                       both=not last)
+        if last or len(order.ways) == 1:  # nobody asks for its reversed
+            state = replace(state, memory=())
         return Estimate(output, state, '' if state.warm else cold_reason, ended or why)
 
 
