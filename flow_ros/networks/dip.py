@@ -68,7 +68,11 @@ WARM_SMALLEST_SIDE = 40  # and no coarser level than a map with both sides under
 START_AMPLITUDE = 16.0
 REFINE_AMPLITUDE = 4.0
 PATTERN_SEED = 20
-SHARES = 3  # of the context, in a state's memory: one for each GRU of an iteration
+SHARES = ('share_z', 'share_r', 'share_q',
+          'share_z_across', 'share_r_across', 'share_q_across',
+          'share_z_down', 'share_r_down', 'share_q_down')
+"""What the context adds to the GRUs of an iteration, one after the other in a state's memory."""
+
 START_FLOWS = ('zeros', 'fixed')
 Layer = Callable[[Tensor], Tensor]
 
@@ -257,11 +261,12 @@ def _seen(conv: nn.Conv2d) -> Tensor:
     return torch.cat([conv.weight[:, :HIDDEN], conv.weight[:, 2 * HIDDEN:]], dim=1)
 
 
-def _share(context: Tensor, *convs: nn.Conv2d) -> Tensor:
-    """Return what the context adds to ``convs`` of a GRU, their biases in it."""
+def _shares(context: Tensor, *convs: nn.Conv2d) -> tuple[Tensor, ...]:
+    """Return what the context adds to each of ``convs`` of a GRU, their biases in it."""
     weight = torch.cat([conv.weight[:, HIDDEN:2 * HIDDEN] for conv in convs])
-    bias = torch.cat([_bias(conv) for conv in convs])
-    return _convolution(weight, bias)(context)
+    parts = _convolution(weight)(context).split(HIDDEN, dim=1)
+    return tuple(part + _bias(conv).to(part.dtype)[None, :, None, None]
+                 for part, conv in zip(parts, convs))
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
@@ -270,18 +275,20 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 
 
 def _gru(convz: nn.Conv2d, convr: nn.Conv2d, convq: nn.Conv2d) -> Callable[..., Tensor]:
-    """Return a convolutional gated recurrent unit: (hidden, motion, share) to the next hidden.
+    """Return a convolutional gated recurrent unit: hidden, motion and shares to the next hidden.
 
-    ``share`` is what the context adds to z, r and q (``_share``): a convolution of a cat is the
-    sum of those of its parts, and the context is the same in all iterations of a level.
+    ``shares`` are what the context adds to z, r and q (``_shares``): a convolution of a cat is
+    the sum of those of its parts, and the context is the same in all iterations of a level.
     """
     to_gates = _convolution(torch.cat([_seen(convz), _seen(convr)]))
     to_candidate = _convolution(_seen(convq))
 
-    def updated(hidden: Tensor, motion: Tensor, share: Tensor) -> Tensor:
-        of_gates, of_candidate = share.split([2 * HIDDEN, HIDDEN], dim=1)
+    def updated(hidden: Tensor, motion: Tensor, *shares: Tensor) -> Tensor:
+        of_update, of_reset, of_candidate = shares
         seen = torch.cat([hidden, motion], dim=1)
-        update, reset = to_gates(seen).add_(of_gates).sigmoid_().split(HIDDEN, dim=1)
+        update, reset = to_gates(seen).split(HIDDEN, dim=1)
+        update = (update + of_update).sigmoid_()
+        reset = (reset + of_reset).sigmoid_()
         if is_eager(seen):
             seen[:, :HIDDEN].mul_(reset)
         else:
@@ -302,13 +309,13 @@ class ConvGRU(nn.Module):
         self.convq = Convolution(HIDDEN + inputs, HIDDEN, 3)
 
     def shares(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Return what the context adds to the convolutions: (B, 384, H, W), z, r, q."""
-        return (_share(context, self.convz, self.convr, self.convq),)
+        """Return what the context adds to z, r and q: three of (B, 128, H, W)."""
+        return _shares(context, self.convz, self.convr, self.convq)
 
     def forward(self, hidden: Tensor, motion: Tensor, shares: Sequence[Tensor]) -> Tensor:
         """Return the new hidden state."""
-        share, = shares
-        return by_blocks(_gru(self.convz, self.convr, self.convq), hidden, motion, share, halo=2)
+        return by_blocks(_gru(self.convz, self.convr, self.convq), hidden, motion, *shares,
+                         halo=2)
 
 
 class SeparableConvGRU(nn.Module):
@@ -325,18 +332,17 @@ class SeparableConvGRU(nn.Module):
         self.convq2 = Convolution(width, HIDDEN, (5, 1))
 
     def shares(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Return what the context adds to the convolutions: twice (B, 384, H, W), z, r, q."""
-        return (_share(context, self.convz1, self.convr1, self.convq1),
-                _share(context, self.convz2, self.convr2, self.convq2))
+        """Return what the context adds to z, r and q, along x and along y: (B, 128, H, W)."""
+        return (*_shares(context, self.convz1, self.convr1, self.convq1),
+                *_shares(context, self.convz2, self.convr2, self.convq2))
 
     def forward(self, hidden: Tensor, motion: Tensor, shares: Sequence[Tensor]) -> Tensor:
         """Return the new hidden state; the one given may be written over (``by_blocks``)."""
-        across, down = shares
         # Rows do not see each other in the first, nor columns in the second.
-        hidden = by_blocks(_gru(self.convz1, self.convr1, self.convq1), hidden, motion, across,
-                           axis=2, into=hidden)
-        return by_blocks(_gru(self.convz2, self.convr2, self.convq2), hidden, motion, down,
-                         axis=3, into=hidden)
+        hidden = by_blocks(_gru(self.convz1, self.convr1, self.convq1), hidden, motion,
+                           *shares[:3], axis=2, into=hidden)
+        return by_blocks(_gru(self.convz2, self.convr2, self.convq2), hidden, motion,
+                         *shares[3:], axis=3, into=hidden)
 
 
 class FlowHead(nn.Module):
@@ -408,9 +414,9 @@ class DIP(FlowNetwork):
     engines = ('encode', 'context', 'step', 'upsample')
     tensor_names = {
         'encode': (('image',), ('features_4', 'features_8', 'features_16')),
-        'context': (('context',), ('share', 'share_across', 'share_down')),
-        'step': (('features_a', 'features_b', 'share', 'share_across', 'share_down', 'hidden',
-                  'flow'), ('next_hidden', 'next_flow')),
+        'context': (('context',), SHARES),
+        'step': (('features_a', 'features_b', *SHARES, 'hidden', 'flow'),
+                 ('next_hidden', 'next_flow')),
         'upsample': (('hidden', 'flow'), ('fine_flow',))}
 
     def __init__(self, config: DIPConfig = DIPConfig()) -> None:
@@ -430,15 +436,18 @@ class DIP(FlowNetwork):
         return quarter, eighth, functional.avg_pool2d(eighth, 2)
 
     def context_engine(self, context: Tensor) -> tuple[Tensor, ...]:
-        """Return what ``context`` adds to the GRUs of a level: three of (B, 384, h, w)."""
+        """Return what ``context`` adds to the GRUs of a level: nine of (B, 128, h, w)."""
         return (*self.update_block_s.gru.shares(context), *self.update_block.gru.shares(context))
 
-    def step_engine(self, features_a: Tensor, features_b: Tensor, share: Tensor,
-                    share_across: Tensor, share_down: Tensor, hidden: Tensor,
-                    flow: Tensor) -> tuple[Tensor, ...]:
-        """Do one iteration on one level; return the hidden state and the flow."""
-        hidden, flow = self._propagate(features_a, features_b, (share,), hidden, flow)
-        return self._search(features_a, features_b, (share_across, share_down), hidden, flow)
+    def step_engine(self, features_a: Tensor, features_b: Tensor,
+                    *others: Tensor) -> tuple[Tensor, ...]:
+        """Do one iteration on one level; return the hidden state and the flow.
+
+        ``others`` are what ``context_engine`` returns, the hidden state and the flow.
+        """
+        *shares, hidden, flow = others
+        hidden, flow = self._propagate(features_a, features_b, shares[:3], hidden, flow)
+        return self._search(features_a, features_b, shares[3:], hidden, flow)
 
     def upsample_engine(self, hidden: Tensor, flow: Tensor) -> tuple[Tensor, ...]:
         """Return the flow of a finished iteration at four times its size, in px of that."""
@@ -508,7 +517,8 @@ class DIP(FlowNetwork):
         state = self._on_the_next_level(state, run)
         hidden, *kept = state.memory
         hidden, flow = run('step', _at(state.features_a, state.level),
-                           _at(state.features_b, state.level), *kept[:SHARES], hidden, state.flow)
+                           _at(state.features_b, state.level), *kept[:len(SHARES)], hidden,
+                           state.flow)
         return state.advanced(flow=flow, memory=(hidden, *kept))
 
     def finish(self, state: State, *, call: Call | None = None) -> FlowOutput:
@@ -541,7 +551,7 @@ class DIP(FlowNetwork):
             state = self._on_the_next_level(state, self.engine)
             hidden, *kept = state.memory
             inputs = (_at(state.features_a, state.level), _at(state.features_b, state.level),
-                      *kept[:SHARES], hidden, state.flow)
+                      *kept[:len(SHARES)], hidden, state.flow)
             if checkpointed:
                 hidden, flow, *fine = checkpoint(self._iteration, *inputs, use_reentrant=False,
                                                  preserve_rng_state=False)
@@ -551,14 +561,13 @@ class DIP(FlowNetwork):
             state = state.advanced(flow=flow, memory=(hidden, *kept))
         return flows
 
-    def _iteration(self, features_a: Tensor, features_b: Tensor, share: Tensor,
-                   share_across: Tensor, share_down: Tensor, hidden: Tensor,
-                   flow: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _iteration(self, features_a: Tensor, features_b: Tensor,
+                   *others: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what ``step_engine`` does, and both of its flows at four times their size."""
-        hidden, flow = self._propagate(features_a, features_b, (share,), hidden, flow)
+        *shares, hidden, flow = others
+        hidden, flow = self._propagate(features_a, features_b, shares[:3], hidden, flow)
         propagated = self.update_block_s.upsample(hidden, flow)
-        hidden, flow = self._search(features_a, features_b, (share_across, share_down), hidden,
-                                    flow)
+        hidden, flow = self._search(features_a, features_b, shares[3:], hidden, flow)
         return hidden, flow, propagated, self.update_block.upsample(hidden, flow)
 
     def _on_the_next_level(self, state: State, run: Call) -> State:
@@ -568,7 +577,7 @@ class DIP(FlowNetwork):
             return state
         fine, = run('upsample', state.memory[0], state.flow)
         flow = _resize(fine, _map(state.features_a, level))
-        return self._enter(state, level, flow, state.memory[1 + SHARES:], run)
+        return self._enter(state, level, flow, state.memory[1 + len(SHARES):], run)
 
     def _iterations(self, iterations: int | None) -> int:
         if iterations is None:

@@ -70,7 +70,7 @@ def save_products(model: Any) -> int:
     names = {node.get_friendly_name() for node in chosen}
     for node in model.get_ordered_ops():
         if node.get_friendly_name() in names:
-            _replace(node, [_at_the_points(node, shared)])
+            _replace(*_at_the_points(node, shared))
         elif _order(node) == TO_ROWS:
             source = node.input(0).get_source_output()
             if _order(source.get_node()) == TO_MAPS:
@@ -178,8 +178,13 @@ def _share(outputs: int, inputs: int, kernel: list[int]) -> float:
     return (there + products + back) / (results * prod(kernel) * inputs * outputs)
 
 
-def _at_the_points(node: Any, shared: 'Shared') -> Any:
-    """Return what computes the same as the convolution ``node``, (H * W, K)."""
+def _at_the_points(node: Any, shared: 'Shared') -> tuple[Any, list[Any]]:
+    """Return the node whose results these are, and what computes them, each (H * W, K).
+
+    That is the convolution ``node`` itself, or what alone reads it and cuts its channels into
+    equal parts: then each part is gathered for itself and nothing is copied.
+    """
+    result = _cut(node)
     source = node.input(0).get_source_output()
     weight = torch.from_numpy(node.input(1).get_source_output().get_node().data.copy())
     outputs, inputs, *kernel = weight.shape
@@ -200,17 +205,31 @@ def _at_the_points(node: Any, shared: 'Shared') -> Any:
                                                (kernel[0], kernel[1]), parts, across)
     if blocks == 1:
         shared[key] = values
-    found = []
+    count = len(result.outputs())
+    found: list[list[Any]] = [[] for _ in range(count)]
     for part, each in zip(parts, values):
         tiles = len(part) * across
         products = ops.matmul(each, filters, False, True)  # (points, tiles, K)
         products = ops.reshape(products, _whole([points, tiles * outputs]), False)
-        results = ops.matmul(back, products, False, False)
-        results = ops.reshape(results, _whole([-1, outputs]), False)
-        place = _places(height, width, len(back_y), len(back_x), part)
-        found.append(ops.gather(results, ops.constant(place), _whole(0)))
-    whole = ops.concat(found, 0) if len(found) > 1 else found[0]
-    return whole.output(0)
+        cells = ops.matmul(back, products, False, False)
+        cells = ops.reshape(cells, _whole([-1, outputs // count]), False)
+        place = count * _places(height, width, len(back_y), len(back_x), part)
+        for index, blocks_found in enumerate(found):
+            blocks_found.append(ops.gather(cells, ops.constant(place + np.int32(index)),
+                                           _whole(0)))
+    return result, [ops.concat(each, 0).output(0) if len(each) > 1 else each[0].output(0)
+                    for each in found]
+
+
+def _cut(node: Any) -> Any:
+    """Return the node that alone reads ``node`` and cuts its channels into equal parts."""
+    reader, *others = (port.get_node() for port in node.output(0).get_target_inputs())
+    if others or reader.get_type_name() not in ('Split', 'VariadicSplit'):
+        return node
+    axis = reader.input(1).get_source_output().get_node()
+    by_channel = axis.get_type_name() == 'Constant' and int(axis.data) in (1, -3)
+    sizes = {output.get_shape()[1] for output in reader.outputs()}
+    return reader if by_channel and len(sizes) == 1 else node
 
 
 def _to_the_points(source: Any, size: tuple[int, int], kernel: tuple[int, int],
