@@ -410,6 +410,7 @@ class DIP(FlowNetwork):
 
     name = 'dip'
     default_iterations = 6
+    spares_memory = True
     free_options = frozenset({'start_flow', 'warm_noise', 'cold_levels'})
     engines = ('encode', 'context', 'step', 'upsample')
     tensor_names = {

@@ -15,6 +15,7 @@
 """The OpenVINO runtime: each engine function compiled for the CPU, once per input shape."""
 
 from collections import OrderedDict
+import ctypes
 from dataclasses import dataclass
 import logging
 from pathlib import Path
@@ -43,6 +44,8 @@ _MOST_ENGINES = 32
 
 _MOST_PIECES = 4
 """Of memory for one output that wait to be used again: a stream holds two or three at a time."""
+
+_MADV_DONTNEED = 4
 
 _LEAST_CHANNELS = 8
 """Of results that are handed on channels last."""
@@ -91,6 +94,7 @@ class OpenVinoRuntime:
         if directory is not None:
             self._config['CACHE_DIR'] = str(directory)
         self._engines: OrderedDict[tuple[str, Signature], _Engine] = OrderedDict()
+        self._before: _Engine | None = None  # the one that ran last
         self._lock = threading.Lock()  # of the engines above
         self._one_compile = threading.Lock()
 
@@ -106,6 +110,12 @@ class OpenVinoRuntime:
                     self._engines[key] = compiled
                     if len(self._engines) > _MOST_ENGINES:
                         self._engines.popitem(last=False)
+        if not self.network.spares_memory:
+            return compiled.run(tensors)
+        with self._lock:
+            before, self._before = self._before, compiled
+        if before is not None and before is not compiled:
+            before.give_back()
         return compiled.run(tensors)
 
     def _known(self, key: tuple[str, Signature]) -> '_Engine | None':
@@ -126,7 +136,9 @@ class OpenVinoRuntime:
             # Shapes become constants of the trace, of which there is one per shape.
             warnings.simplefilter('ignore', torch.jit.TracerWarning)
             warnings.simplefilter('ignore', DeprecationWarning)
-            example = tuple(tensor.clone() for tensor in tensors)
+            # Of these only shapes and types count: one number each, and no memory of a map.
+            example = tuple(torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+                            for tensor in tensors)
             traced = torch.jit.trace(_EngineModule(self.network, engine), example,
                                      check_trace=False)
             # Not openvino.convert_model: it sends usage statistics over the network, and takes
@@ -170,8 +182,10 @@ class _Engine:
     """A compiled engine, its one request, and its first ``count`` outputs."""
 
     def __init__(self, compiled: Any, count: int, by_pixel: list[bool]) -> None:
+        self._compiled = compiled
         self._request = compiled.create_infer_request()
         self._lock = threading.Lock()  # what is bound is the request's
+        self._settled = False
         self._by_pixel = by_pixel  # the outputs that are channels last
         self._outputs = [_Memory(tuple(port.shape), _torch_type(port.element_type.to_dtype()))
                          for port in compiled.outputs[:count]]
@@ -179,6 +193,7 @@ class _Engine:
     def run(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         inputs = [_as_it_lies(tensor.detach()) for tensor in tensors]  # alive until infer ends
         with self._lock:
+            self._request = self._request or self._compiled.create_infer_request()
             for index, tensor in enumerate(inputs):
                 self._request.set_input_tensor(index, _shared(tensor))
             outputs = []
@@ -193,6 +208,16 @@ class _Engine:
                 raise EngineFault(f'OpenVINO failed: {str(error).strip()}') from error
         return tuple(tensor.permute(0, 3, 1, 2) if by_pixel else tensor
                      for tensor, by_pixel in zip(outputs, self._by_pixel))
+
+    def give_back(self) -> None:
+        """Hold nothing until the next run but what was compiled, and memory of results."""
+        with self._lock:
+            self._request = None  # which holds its inputs
+            self._compiled.release_memory()
+            if not self._settled:
+                # All was read once; most of it was for OpenVINO to make its own weights from.
+                _let_go_of_files('.blob')
+                self._settled = True
 
 
 @dataclass
@@ -244,6 +269,24 @@ def _writable(directory: Path) -> Path | None:
         _log.warning('compiled engines are not kept: cannot write to %s (%s); set '
                      'FLOW_ROS_CACHE to a folder that can be written', directory, error)
         return None
+
+
+def _let_go_of_files(ending: str) -> None:
+    """Hold no pages of files that are mapped for reading; what is read again comes again.
+
+    The system counts them as memory of this process until somebody else needs memory. Elsewhere
+    than on Linux nothing is done.
+    """
+    try:
+        lines = Path('/proc/self/maps').read_text(errors='replace').splitlines()
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return
+    for line in lines:
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[1].startswith('r--') and fields[5].endswith(ending):
+            first, last = (int(end, 16) for end in fields[0].split('-'))
+            madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
 
 
 def _fastest(core: Any) -> str:

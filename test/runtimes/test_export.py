@@ -406,7 +406,7 @@ def test_half_precision_runs_in_torch_and_leaves_flow_alone(exports: Exports, na
 def test_dip_in_half_precision_has_the_same_types() -> None:
     acts = {act.name: act for act in record_acts(prepared(create('dip'), 'fast'), width=192,
                                                  height=128)}
-    assert [str(each.dtype) for each in acts['step_4'].inputs] == ['torch.float16'] * 6 + [
+    assert [str(each.dtype) for each in acts['step_4'].inputs] == ['torch.float16'] * 12 + [
         'torch.float32']
     assert acts['upsample_4'].outputs[0].dtype == torch.float32
 

@@ -239,6 +239,21 @@ def test_no_act_copies_its_results_for_python():
     assert highest < min(tensor.nbytes for tensor in features) / 2
 
 
+def test_an_act_gives_back_before_another_begins_where_memory_is_spared():
+    network = Parts()
+    network.spares_memory = True
+    runtime = create_runtime('openvino', network, threads=1)
+    image = torch.rand(1, 3, 64, 96)
+    wanted = network.engine('encode', image)
+    for _ in range(2):
+        features = runtime.call('encode', image)
+        torch.testing.assert_close(features, wanted, rtol=1e-4, atol=1e-5)
+        flow, = runtime.call('step', *features)
+        torch.testing.assert_close(flow, features[0] - features[1])
+        held = {name: engine._request for (name, _), engine in runtime._engines.items()}
+        assert held['encode'] is None and held['step'] is not None
+
+
 def test_tensors_are_taken_and_returned_as_they_lie():
     """Channels last or not: the same numbers, and no copy where memory is one piece."""
     runtime = create_runtime('openvino', Wide(), threads=1)
