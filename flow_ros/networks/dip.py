@@ -404,7 +404,7 @@ class DIP(FlowNetwork):
 
     Engines: ``encode`` (image) -> features at 1/4, 1/8, 1/16; ``context`` (context) -> what it
     adds to the three GRUs of an iteration, once for each level; ``step`` (features_a,
-    features_b, the three shares, hidden, flow) -> (hidden, flow), one for all levels;
+    features_b, the nine shares, hidden, flow) -> (hidden, flow), one for all levels;
     ``upsample`` (hidden, flow) -> (flow at 4x,), used between levels and by ``finish``.
     """
 
