@@ -265,8 +265,9 @@ def _shares(context: Tensor, *convs: nn.Conv2d) -> tuple[Tensor, ...]:
     """Return what the context adds to each of ``convs`` of a GRU, their biases in it."""
     weight = torch.cat([conv.weight[:, HIDDEN:2 * HIDDEN] for conv in convs])
     parts = _convolution(weight)(context).split(HIDDEN, dim=1)
-    return tuple(part + _bias(conv).to(part.dtype)[None, :, None, None]
-                 for part, conv in zip(parts, convs))
+    biases = [_bias(conv).to(parts[0].dtype)[None, :, None, None] for conv in convs]
+    return tuple(part.add_(bias) if is_eager(part) else part + bias
+                 for part, bias in zip(parts, biases))
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:
