@@ -49,6 +49,7 @@ from flow_ros.networks.dip import DIP
 from flow_ros.ops.patchmatch import propagation_correlation_released, search_released
 from flow_ros.runtimes import create_runtime, RuntimeUnavailable
 from flow_ros.runtimes.base import Runtime
+from flow_ros.runtimes.threads import torch_beside
 from flow_ros.sources import parse_size
 from flow_ros.synthetic import SyntheticSequence
 
@@ -77,7 +78,7 @@ def image(sequence: SyntheticSequence, index: int) -> Tensor:
 
 
 def exact(runtime: Runtime, iterations: int) -> Way:
-    """Return the exact network on a stream: each call is the next frame."""
+    """Return the exact network on a stream, run as the estimator runs it: a call a frame."""
     network, call = runtime.network, runtime.call
     features: dict[int, Any] = {}
 
@@ -90,7 +91,11 @@ def exact(runtime: Runtime, iterations: int) -> Way:
         state = network.start(first, second, prior_flow=prior, iterations=iterations, call=call)
         return runtime.loop(state)[1].flow
 
-    return way
+    def beside(before: Tensor, now: Tensor) -> Tensor:
+        with torch_beside(runtime):
+            return way(before, now)
+
+    return beside
 
 
 def plain(network: PlainDIP, iterations: int) -> Way:
@@ -136,6 +141,7 @@ def timed(run: Callable[..., Any], *given: Tensor) -> tuple[float, Any]:
 
 def streams(options: argparse.Namespace, size: tuple[int, int]) -> list[dict[str, Any]]:
     """Time all ways over the frames, one after the other for each."""
+    torch.set_num_threads(options.threads)
     sequence = SyntheticSequence(*size, seed=0)
     ways: dict[str, Way] = {}
     for name in options.ways:
@@ -150,8 +156,6 @@ def streams(options: argparse.Namespace, size: tuple[int, int]) -> list[dict[str
         now = image(sequence, index)
         flows = {}
         for name, way in ways.items():
-            if name != 'openvino':  # whose runtime keeps torch to one thread
-                torch.set_num_threads(options.threads)
             took, flows[name] = timed(way, before, now)
             if index > 1:  # the first makes the engines
                 seconds[name].append(took)
