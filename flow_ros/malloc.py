@@ -36,3 +36,11 @@ def tune_malloc(*, mmap_threshold: int = 32 << 20, trim_threshold: int = 512 << 
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_TOP_PAD, _PIECE) and mallopt(_M_MMAP_THRESHOLD, mmap_threshold)
                 and mallopt(_M_TRIM_THRESHOLD, trim_threshold))
+
+
+def trim_malloc() -> None:
+    """Have glibc give to the system what was freed; other C libraries do as they like."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        pass

@@ -34,6 +34,7 @@ from openvino.preprocess import PrePostProcessor
 import torch
 from torch import nn, Tensor
 
+from flow_ros.malloc import trim_malloc
 from flow_ros.networks.base import FlowNetwork, FlowOutput, State
 from flow_ros.runtimes.base import Control, EngineFault, Lap, run_loop
 from flow_ros.runtimes.cache import cache_directory
@@ -103,19 +104,21 @@ class OpenVinoRuntime:
         key = (engine, tuple((tuple(tensor.shape), tensor.dtype, _lies_by_pixel(tensor))
                              for tensor in tensors))
         compiled = self._known(key)
+        if self.network.spares_memory:
+            with self._lock:
+                before, self._before = self._before, compiled
+            if before is not None and before is not compiled:
+                before.give_back()
         if compiled is None:
             with self._one_compile:  # others' engines go on meanwhile
-                compiled = self._known(key) or self._compile(engine, tensors)
+                compiled = self._known(key)
+                if compiled is None:
+                    compiled = self._compile(engine, tensors)
+                    trim_malloc()  # what it took to compile, which is several times the engine
                 with self._lock:
-                    self._engines[key] = compiled
+                    self._engines[key] = self._before = compiled
                     if len(self._engines) > _MOST_ENGINES:
                         self._engines.popitem(last=False)
-        if not self.network.spares_memory:
-            return compiled.run(tensors)
-        with self._lock:
-            before, self._before = self._before, compiled
-        if before is not None and before is not compiled:
-            before.give_back()
         return compiled.run(tensors)
 
     def _known(self, key: tuple[str, Signature]) -> '_Engine | None':

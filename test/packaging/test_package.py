@@ -40,7 +40,7 @@ NODE_PATH = {'ops', 'networks', 'runtimes', 'streaming'}
 ALLOWED = {
     'ops': set(),
     'networks': {'ops'},
-    'runtimes': {'ops', 'networks', 'apart'},
+    'runtimes': {'ops', 'networks', 'apart', 'malloc'},
     'streaming': {'ops', 'networks', 'runtimes'},
     'synthetic': {'ops'},
     'training': NODE_PATH | {'synthetic', 'evaluation', 'flow_io', 'visualization'},

@@ -19,11 +19,12 @@ does not (a container may forbid it), the resident set is looked at every few mi
 a peak shorter than that can be missed. MB are 2^20 bytes.
 """
 
-import ctypes
 from pathlib import Path
 import resource
 import sys
 import threading
+
+from flow_ros.malloc import trim_malloc
 
 MB = 2 ** 20
 _EVERY_S = 0.005
@@ -50,7 +51,7 @@ class PeakMemory:
 
     def __enter__(self) -> 'PeakMemory':
         """Begin."""
-        give_back()
+        trim_malloc()
         self.start_mb = self._highest = resident_mb()
         self._counted = _reset_highest()
         if not self._counted:
@@ -80,14 +81,6 @@ def resident_mb() -> float:
         return now
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB
-
-
-def give_back() -> None:
-    """Have glibc give to the system what was freed; other C libraries do as they like."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError):
-        pass
 
 
 def _reset_highest() -> bool:
