@@ -90,13 +90,12 @@ def corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
         first = first + torch.arange(int(points.shape[0]), dtype=torch.int32)[:, None] * (
             height * width)
     across, down = min(width - 1, 1), min(height - 1, 1) * width
-    index = first[..., None] + torch.tensor([0, across, down, down + across],
-                                            dtype=torch.int32)
-    right, lower = (x - left)[..., None], (y - upper)[..., None]
-    # 1 - right, right, 1 - right, right, and so down.
-    share_x = right * right.new_tensor([-1, 1, -1, 1]) + right.new_tensor([1, 0, 1, 0])
-    share_y = lower * lower.new_tensor([-1, -1, 1, 1]) + lower.new_tensor([1, 1, 0, 0])
-    return index, share_x * share_y
+    index = torch.stack([first, first + across, first + down, first + (down + across)], dim=-1)
+    right, lower = x - left, y - upper
+    # By arithmetic alone: a tensor made of numbers would be a copy to the device.
+    right, lower = torch.stack([1 - right, right], dim=-1), torch.stack([1 - lower, lower], dim=-1)
+    share = lower[..., :, None] * right[..., None, :]  # (B, N, 2, 2)
+    return index, share.flatten(2)
 
 
 def sum_cells(rows: Tensor, index: Tensor, share: Tensor) -> Tensor:
