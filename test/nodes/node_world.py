@@ -227,6 +227,11 @@ def running_world(weights: Path) -> Iterator[World]:
     world = World(weights)
     world.start_stream()
     yield world
+    end_cleanly(world)
+
+
+def end_cleanly(world: World) -> None:
+    """End ``world``; its node must end by Ctrl-C without an error."""
     world.close()
     status = world.process.end(signal.SIGINT)
     log = '\n'.join(world.process.lines)

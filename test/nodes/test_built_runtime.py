@@ -19,7 +19,7 @@ import re
 import signal
 import time
 
-from node_world import DOMAIN, save_untrained, World
+from node_world import DOMAIN, end_cleanly, save_untrained, World
 import numpy as np
 import pytest
 
@@ -39,11 +39,7 @@ def weights(tmp_path_factory):
 def world(weights):
     world = World(weights, command=[BUILT_NODE])
     yield world
-    world.close()
-    status = world.process.end(signal.SIGINT)
-    log = '\n'.join(world.process.lines)
-    assert status == 0, log
-    assert 'Traceback' not in log, log
+    end_cleanly(world)
 
 
 def stream(world, last, count, size):
